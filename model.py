@@ -1,0 +1,363 @@
+"""model.py - all the mathematics: a BERT of any depth and width, its two heads, and the soft committee's forward pass.
+
+Reads top-down: configuration -> attention -> layer -> convolutional stem -> BERT -> heads -> committee.
+Where it stands: `data.py` makes batches of token ids; `pretrain.py` trains `MaskedLM`, `finetune.py` trains
+`Classifier`, `committee.py` lets several classifiers vote. This file imports nothing of the project.
+
+References
+1) BERT: Devlin et al., https://arxiv.org/abs/1810.04805 and github google-research/bert, modeling.py
+2) Tiny language models: Gross et al., https://arxiv.org/abs/2507.14871 (one-layer variants, convolutional stem, committee)
+3) Layer normalisation before or after each block: Xiong et al., https://arxiv.org/abs/2002.04745
+
+Shapes, throughout: B batch, T tokens, C width, H heads, D head width (C = H * D), M masked positions, V vocabulary,
+K committee members, N channels of the convolutional stem.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAD = 0  # the id of [PAD]; tokenizer.py fixes the other special ids, the mathematics needs only this one
+
+
+# --------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class BertConfig:
+    """The architecture as data; saved with every checkpoint. The defaults are the paper's BERT-6."""
+
+    vocab_size: int = 30_522
+    layers: int = 6
+    width: int = 768  # C; the feed-forward part is 4 C wide
+    heads: int = 12
+    max_length: int = 128  # rows of the position table
+    dropout: float = 0.1  # on embeddings, block outputs and the classifier's input
+    attention_dropout: float = 0.1  # on attention weights; above 0 it costs a CPU its flash attention
+    norm: str = "post"  # "post": BERT. "pre": norm inside the residual branch, and once at the end (MegatronBert)
+    norm_eps: float = 1e-12
+    init_std: float = 0.02
+    pooling: str = "cls"  # what the classifier reads: "cls", the first token, or "mean" of the real tokens
+    conv_channels: int = 0  # N; with conv_kernels, a convolutional stem before the layers
+    conv_kernels: tuple[int, ...] = ()
+    leaky_stem: bool = False  # True: the authors' stem, through which padding leaks (for comparison only)
+    frozen_row: int = -1  # >= 0: this token's embedding starts at 0 and its look-ups get no gradient (authors' fault)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads: choose --heads to divide it")
+        if self.norm not in ("pre", "post") or self.pooling not in ("cls", "mean"):
+            raise ValueError(f"norm must be pre or post, pooling cls or mean; got {self.norm!r}, {self.pooling!r}")
+        object.__setattr__(self, "conv_kernels", tuple(self.conv_kernels))  # a list, when read back from JSON
+
+
+# name -> (layers, width relative to --width, channels of the stem, its kernels); paper, table of BERT-1 variants
+MODELS: dict[str, tuple[int, float, int, tuple[int, ...]]] = {
+    "bert-6": (6, 1, 0, ()),
+    "bert-1": (1, 1, 0, ()),
+    "bert-1-wide": (1, 2, 0, ()),  # 24 heads, at the paper's width
+    "bert-1-conv2": (1, 1, 64, (3, 3)),
+    "bert-1-conv2-narrow": (1, 2 / 3, 64, (3, 3)),  # 8 heads
+    "bert-1-conv3": (1, 1, 32, (3, 3, 3)),
+    "bert-1-conv2-k16": (1, 1, 64, (16, 3)),
+}
+
+
+def named_config(name: str, width: int = 768, heads: int = 0, **settings) -> BertConfig:
+    """The configuration of a named model at a base width.
+
+    width: a multiple of 64. heads: how many at that width (0: heads 64 wide); variants keep the width of a head
+    where it fits. settings: further fields of BertConfig. Raises ValueError for an unknown name or width.
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model named {name!r}; there are {', '.join(MODELS)}")
+    if width <= 0 or width % 64:
+        raise ValueError(f"width {width} is not a positive multiple of 64")
+    layers, relative_width, channels, kernels = MODELS[name]
+    own_width = max(64, round(width * relative_width / 64) * 64)
+    own_heads = own_width // 64
+    if heads:
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of {heads} heads: choose --heads to divide it")
+        head_width = width // heads
+        own_heads = own_width // head_width if own_width % head_width == 0 else 1
+    return BertConfig(layers=layers, width=own_width, heads=own_heads, conv_channels=channels, conv_kernels=kernels,
+                      **settings)
+
+
+# ------------------------------------------------------------------------------------------------- attention
+def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
+    """Scaled dot-product attention, written out. q, k, v: (B, H, T, D); mask: (B, 1, 1, T), True at real tokens."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T): row = who asks, column = who answers
+    scores = scores.masked_fill(~mask, -torch.inf)  # padding answers nobody; [CLS] is always there to answer
+    weights = F.dropout(scores.softmax(dim=-1), dropout)
+    return weights @ v  # (B, H, T, D)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection for query, key and value."""
+
+    fused = True  # False, for the whole class: attention_by_hand instead of PyTorch's fused kernel; same function
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        else:
+            y = attention_by_hand(q, k, v, mask, dropout)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))  # (B, H, T, D) -> (B, T, C)
+
+
+# ----------------------------------------------------------------------------------------------------- layer
+class Layer(nn.Module):
+    """One encoder layer: attention, then a feed-forward part, each with a residual connection and a LayerNorm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        C = config.width
+        self.pre_norm, self.dropout = config.norm == "pre", config.dropout
+        self.attention = Attention(config)
+        self.attention_norm = nn.LayerNorm(C, eps=config.norm_eps)
+        self.mlp_in = nn.Linear(C, 4 * C)
+        self.mlp_out = nn.Linear(4 * C, C)
+        self.mlp_norm = nn.LayerNorm(C, eps=config.norm_eps)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.pre_norm:
+            x = x + self.drop(self.attention(self.attention_norm(x), mask))
+            return x + self.drop(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
+        x = self.attention_norm(x + self.drop(self.attention(x, mask)))
+        return self.mlp_norm(x + self.drop(self.mlp_out(F.gelu(self.mlp_in(x)))))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+# ---------------------------------------------------------------------------------------- convolutional stem
+class ConvStem(nn.Module):
+    """The paper's convolutional stem: the (T, C) plane of a text as a one-channel image.
+
+    [Conv2d "same" -> BatchNorm -> GELU] for each kernel, then 1x1 to one channel -> BatchNorm -> GELU; no residual.
+    Unlike the authors' stem (config.leaky_stem), padding is zero before every convolution and absent from the
+    statistics of the normalisation, so a text gets the same result alone and in a padded batch.
+    """
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        channels = [1] + [config.conv_channels] * len(config.conv_kernels) + [1]
+        kernels = (*config.conv_kernels, 1)
+        self.leaky = config.leaky_stem
+        self.convs = nn.ModuleList(nn.Conv2d(n, m, k, padding="same") for n, m, k in zip(channels, channels[1:], kernels))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(m) for m in channels[1:])
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        """x: (B, T, C); real: (B, T), True at real tokens -> (B, T, C)."""
+        image = x[:, None]  # (B, 1, T, C)
+        if self.leaky:
+            for conv, norm in zip(self.convs, self.norms):
+                image = F.gelu(norm(conv(image)))
+            return image[:, 0]
+        image = image * real[:, None, :, None]
+        for conv, norm in zip(self.convs, self.norms):
+            image = conv(image)  # (B, N, T, C)
+            if self.training:  # statistics of the real positions alone: pack them, and put them back among zeros
+                packed = image.transpose(1, 2)[real]  # (real tokens, N, C)
+                packed = F.gelu(norm(packed[:, :, None])[:, :, 0])
+                image = image.new_zeros(image.shape).transpose(1, 2).index_put((real,), packed.to(image.dtype))
+                image = image.transpose(1, 2)
+            else:
+                image = F.gelu(norm(image)) * real[:, None, :, None]
+        return image[:, 0]
+
+
+# ------------------------------------------------------------------------------------------------------ BERT
+class Bert(nn.Module):
+    """Token ids -> hidden states. BERT's token-type table is left out: with one segment it is a constant,
+    and part of the position table."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        C = config.width
+        self.token = nn.Embedding(config.vocab_size, C, padding_idx=config.frozen_row if config.frozen_row >= 0 else None)
+        self.position = nn.Embedding(config.max_length, C)
+        if config.norm == "post":
+            self.embedding_norm = nn.LayerNorm(C, eps=config.norm_eps)
+        self.stem = ConvStem(config) if config.conv_kernels else None
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        if config.norm == "pre":
+            self.final_norm = nn.LayerNorm(C, eps=config.norm_eps)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: (B, T), T <= max_length, PAD at the end of shorter texts -> hidden states (B, T, C)."""
+        real = input_ids != PAD  # (B, T)
+        mask = real[:, None, None, :]  # (B, 1, 1, T), for every head and every asking token
+        x = self.token(input_ids) + self.position.weight[: input_ids.size(1)]
+        if self.config.norm == "post":
+            x = self.embedding_norm(x)
+        x = F.dropout(x, self.config.dropout, self.training)
+        if self.stem is not None:
+            x = self.stem(x, real)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.final_norm(x) if self.config.norm == "pre" else x
+
+
+def initialise(module: nn.Module, std: float) -> None:
+    """BERT's start: weights N(0, std), biases 0, norms 1 and 0. Convolutions keep PyTorch's own, as the authors' do."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, 0.0, std)
+        if isinstance(part, nn.Linear):
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            nn.init.zeros_(part.weight[part.padding_idx])
+
+
+# ----------------------------------------------------------------------------------------------------- heads
+class MaskedLM(nn.Module):
+    """BERT with the masked-language-model head, which works on the masked positions only: the other 85 % of the
+    logits would be thrown away, and at a small width the head is most of the work. Output and input embedding are tied."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        initialise(self, config.init_std)
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """input_ids: (B, T); positions: (M,) indices into the flattened batch -> logits (M, V)."""
+        hidden = self.bert(input_ids).flatten(0, 1).index_select(0, positions)  # (M, C)
+        return F.linear(self.norm(F.gelu(self.dense(hidden))), self.bert.token.weight, self.bias)
+
+
+class Classifier(nn.Module):
+    """BERT with a classifier on the pooled, tanh-squashed first token (or on the mean of the real tokens)."""
+
+    def __init__(self, config: BertConfig, classes: int) -> None:
+        super().__init__()
+        self.config, self.classes = config, classes
+        self.bert = Bert(config)
+        self.pooler = nn.Linear(config.width, config.width)
+        self.output = nn.Linear(config.width, classes)
+        initialise(self, config.init_std)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: (B, T) -> logits (B, classes)."""
+        hidden = self.bert(input_ids)  # (B, T, C)
+        if self.config.pooling == "mean":
+            real = (input_ids != PAD)[:, :, None]
+            pooled = (hidden * real).sum(1) / real.sum(1)
+        else:
+            pooled = hidden[:, 0]
+        pooled = torch.tanh(self.pooler(pooled))
+        return self.output(F.dropout(pooled, self.config.dropout, self.training))
+
+
+# ------------------------------------------------------------------------------------------------- committee
+class Committee(nn.Module):
+    """K classifiers of one shape, evaluated in one batched pass; for inference.
+
+    Their weights are stacked along a first axis, so every projection is one batched matrix product, and the
+    members are folded into the batch around attention. Equal to calling them one after another (a test sees to it).
+    """
+
+    def __init__(self, members: list[Classifier]) -> None:
+        super().__init__()
+        if len({(m.config, m.classes) for m in members}) != 1:
+            raise ValueError("a batched committee needs members of one shape: group others by their configuration")
+        self.config = members[0].config
+        states = [m.state_dict() for m in members]
+        for name in states[0]:  # a buffer's name may not hold a dot
+            self.register_buffer(name.replace(".", "/"), torch.stack([s[name] for s in states]))
+
+    def get(self, name: str) -> Tensor:
+        return self._buffers[name.replace(".", "/")]
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """x: (K, rows, in) -> (K, rows, out)."""
+        return torch.baddbmm(self.get(name + ".bias")[:, None], x, self.get(name + ".weight").transpose(1, 2))
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        """x: (K, rows, C); one LayerNorm for each member."""
+        x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
+        return torch.addcmul(self.get(name + ".bias")[:, None], x, self.get(name + ".weight")[:, None])
+
+    def attend(self, x: Tensor, real: Tensor, name: str) -> Tensor:
+        """x: (K, B * T, C) -> (K, B * T, C); to attention, member and text are one axis of K * B."""
+        (B, T), K, H = real.shape, x.size(0), self.config.heads
+        q, k, v = self.linear(x, name + ".qkv").view(K * B, T, 3, H, -1).permute(2, 0, 3, 1, 4)  # (K * B, H, T, D)
+        mask = real.repeat(K, 1)[:, None, None, :]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.linear(y.transpose(1, 2).reshape(x.shape), name + ".out")
+
+    def stem(self, x: Tensor, real: Tensor) -> Tensor:
+        """x: (K, B * T, C) -> the same; the members' images are groups of channels of one grouped convolution."""
+        (B, T), K, C = real.shape, x.size(0), x.size(-1)
+        keep = True if self.config.leaky_stem else real[:, None, :, None]
+        image = x.view(K, B, T, C).transpose(0, 1) * keep  # (B, K, T, C)
+        for i in range(len(self.config.conv_kernels) + 1):
+            weight, bias = (self.get(f"bert.stem.convs.{i}.{part}").flatten(0, 1) for part in ("weight", "bias"))
+            mean, var, scale, shift = (self.get(f"bert.stem.norms.{i}.{part}").flatten()
+                                       for part in ("running_mean", "running_var", "weight", "bias"))
+            image = F.batch_norm(F.conv2d(image, weight, bias, padding="same", groups=K), mean, var, scale, shift)
+            image = F.gelu(image) * keep
+        return image.transpose(0, 1).reshape(x.shape)
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """input_ids: (B, T) -> logits of every member (K, B, classes)."""
+        (B, T), C, pre = input_ids.shape, self.config.width, self.config.norm == "pre"
+        real = input_ids != PAD
+        x = self.get("bert.token.weight")[:, input_ids] + self.get("bert.position.weight")[:, None, :T]  # (K, B, T, C)
+        x = x.view(-1, B * T, C)
+        if not pre:
+            x = self.norm(x, "bert.embedding_norm")
+        if self.config.conv_kernels:
+            x = self.stem(x, real)
+        for i in range(self.config.layers):
+            name = f"bert.layers.{i}"
+            y = self.attend(self.norm(x, name + ".attention_norm") if pre else x, real, name + ".attention")
+            x = x + y if pre else self.norm(x + y, name + ".attention_norm")
+            y = self.linear(self.norm(x, name + ".mlp_norm") if pre else x, name + ".mlp_in")
+            y = self.linear(F.gelu(y), name + ".mlp_out")
+            x = x + y if pre else self.norm(x + y, name + ".mlp_norm")
+        if pre:
+            x = self.norm(x, "bert.final_norm")
+        x = x.view(-1, B, T, C)
+        pooled = (x * real[..., None]).sum(2) / real.sum(1)[:, None] if self.config.pooling == "mean" else x[:, :, 0]
+        return self.linear(torch.tanh(self.linear(pooled, "pooler")), "output")
+
+
+# ------------------------------------------------------------------------------------------------ its price
+def count_parameters(module: nn.Module) -> int:
+    """Trained numbers; tied embeddings count once."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def count_operations(config: BertConfig, tokens: int, classes: int = 0, masked: int = 0) -> int:
+    """Floating-point operations (a multiplication and an addition are two) of one forward pass over a text.
+
+    tokens: its length; classes: of the classifier (0: none); masked: positions the MLM head works on. Matrix products
+    and convolutions only. A training step costs three times as much.
+    """
+    C, T = config.width, tokens
+    layer = 2 * T * 12 * C * C + 4 * T * T * C  # four projections' worth, eight for the feed-forward; scores and mix
+    channels = [1] + [config.conv_channels] * len(config.conv_kernels) + [1]
+    stem = sum(2 * T * C * n * m * k * k for n, m, k in zip(channels, channels[1:], (*config.conv_kernels, 1)))
+    head = 2 * masked * C * (C + config.vocab_size) + (2 * C * (C + classes) if classes else 0)
+    return config.layers * layer + (stem if config.conv_kernels else 0) + head

@@ -1,0 +1,639 @@
+"""pretrain.py - masked-language-model training: masking, optimizers, the loop, checkpoints.
+
+Fourth of the six files, after tokenizer.py, data.py and model.py. Its loop (`train`) is also finetune.py's.
+
+    python pretrain.py                                      BERT-1 on the embedded default, the quick recipe
+    python pretrain.py --model bert-6 --wiki simplewiki --articles-count 20000
+    python pretrain.py --preset paper --model bert-6 --articles 'wiki*.jsonl.gz' --articles-count 90000
+    python pretrain.py --fill-mask "Paris is the [MASK] of France." runs/pretrain/bert-1-...
+
+References
+1) BERT's masking and head: Devlin et al., https://arxiv.org/abs/1810.04805
+2) The authors' recipe: Gross et al., https://arxiv.org/abs/2507.14871, with their public code (github Rg32601/Tiny-Language-Models)
+3) Muon: Jordan et al., https://kellerjordan.github.io/posts/muon/
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, load_corpus,
+                  load_tasks, run_script, write_atomically)
+from model import MODELS, BertConfig, MaskedLM, count_parameters, named_config
+from tokenizer import FIRST_PIECE, MASK, Tokenizer
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+def setting(default, text: str):
+    """A recipe's field, with the help text of its flag."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """What pre-training and fine-tuning have in common. The defaults are the authors' values."""
+
+    epochs: int = setting(50, "passes over the training texts")
+    steps: int = setting(0, "optimizer steps; 0: as many as --epochs make")
+    batch_size: int = setting(32, "texts a step")
+    micro_batch: int = setting(0, "texts at once, if a whole batch does not fit the memory (0: the batch); same gradient")
+    like_length: bool = setting(False, "texts of like length share a batch: less padding, but batches are less random")
+    optimizer: str = setting("adamw", "adamw, or muon: Muon for the layers' matrices and AdamW for the rest")
+    lr: float = setting(5e-5, "peak learning rate of AdamW")
+    matrix_lr: float = setting(0.02, "peak learning rate of Muon")
+    beta2: float = setting(0.999, "AdamW's second decay rate")
+    weight_decay: float = setting(0.01, "decoupled weight decay")
+    decay_all: bool = setting(True, "decay LayerNorms and biases too, as the authors do")
+    clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping")
+    warmup: float = setting(0.0, "share of the steps in which the learning rate rises from 0, before it falls to 0")
+    dropout: float = setting(0.1, "dropout of embeddings and blocks")
+    attention_dropout: float = setting(0.1, "dropout of attention weights")
+    fault_schedule: bool = setting(False, "the authors' schedule: a step an epoch, the first epoch at learning rate 0")
+
+
+@dataclass(frozen=True)
+class PretrainRecipe(Optimisation):
+    """Everything that decides what a pre-training run computes, but for model, text and seed."""
+
+    width: int = setting(768, "width of the base model, a multiple of 64")
+    heads: int = setting(0, "attention heads at that width; 0: one for each 64")
+    norm: str = setting("post", "LayerNorm post (BERT) or pre (inside the residual branch)")
+    init_std: float = setting(0.02, "standard deviation of the initial weights")
+    vocab_size: int = setting(30_522, "pieces of a newly trained tokenizer")
+    max_length: int = setting(128, "tokens of a text")
+    mask_rate: float = setting(0.15, "share of the tokens to predict in training (evaluation: always 0.15)")
+    fault_special: bool = setting(False, "authors' fault: random replacements may be special tokens")
+    fault_stem: bool = setting(False, "authors' fault: padding leaks through the convolutional stem")
+    fault_ids: bool = setting(False, "authors' fault: [CLS] stands where [PAD] should, so its embedding is frozen at 0")
+
+
+PRESETS = {
+    "paper": PretrainRecipe(),
+    "quick": PretrainRecipe(
+        steps=2_000, like_length=True, optimizer="muon", lr=1e-2, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
+        decay_all=False, clip=1.0, warmup=0.05, dropout=0.0, attention_dropout=0.0, width=128, heads=1, norm="pre",
+        vocab_size=8_000, mask_rate=0.25),
+    "smoke": PretrainRecipe(
+        steps=6, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, warmup=0.2, dropout=0.0,
+        attention_dropout=0.0, width=64, norm="pre", vocab_size=300, max_length=32),
+}
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type, presets: dict, title: str, prefix: str = "") -> None:
+    """A flag for every field of a recipe; its help tells the presets' values."""
+    group = parser.add_argument_group(title)
+    for f in dataclasses.fields(recipe):
+        values = " ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
+        kind = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
+        metavar = {"metavar": f.name.upper()} if "type" in kind else {}
+        group.add_argument(f"--{prefix}{f.name.replace('_', '-')}", dest=prefix + f.name, default=None,
+                           help=f"{f.metadata['help']} ({values})", **kind, **metavar)
+
+
+def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
+    """The preset that the command line names, with its flags laid over. Raises InputError for impossible values."""
+    preset = presets[args.preset]
+    given = {f.name: getattr(args, prefix + f.name) for f in dataclasses.fields(preset)
+             if getattr(args, prefix + f.name) is not None}
+    recipe = dataclasses.replace(preset, **given)
+    if recipe.optimizer not in ("adamw", "muon"):
+        raise InputError(f"--{prefix}optimizer {recipe.optimizer}: there are adamw and muon")
+    for name in ("batch_size", "epochs"):
+        if getattr(recipe, name) < 1:
+            raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must be at least 1")
+    if not 0 < getattr(recipe, "mask_rate", 0.15) <= 1 or not 8 <= getattr(recipe, "max_length", 128) <= 4096:
+        raise InputError("--mask-rate must lie in (0, 1], --max-length in 8..4096")
+    return recipe
+
+
+# --------------------------------------------------------------------------------------------------- hardware
+@dataclass(frozen=True)
+class Hardware:
+    """Where to compute, in which type matrix products run, and why."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
+    """bf16 where the hardware has it, else fp16 (GPUs) or fp32. device, dtype: "auto", or what the user insists on."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    if device.startswith("cuda"):
+        native = torch.cuda.get_device_capability() >= (8, 0)
+        best, reason = ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16; loss scaling is on")
+        name = torch.cuda.get_device_name()
+        torch.set_float32_matmul_precision("high")
+    elif device == "cpu":
+        has = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+        best, reason = ("bf16", "AVX512-BF16 or AMX found") if has else ("fp32", "no AVX512-BF16 or AMX: bf16 would be slower")
+        name = f"CPU, {torch.get_num_threads()} threads"
+    else:
+        best, reason, name = "fp32", "no faster type was tried here", device
+    chosen = best if dtype == "auto" else dtype
+    reason = reason if dtype == "auto" else "as asked"
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return Hardware(torch.device(device), types[chosen], f"{name}; matrix products in {chosen} ({reason})")
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--preset", choices=tuple(PRESETS), default="quick",
+                       help="paper: the authors' set-up; quick: minutes on two cores (default); smoke: seconds, for tests")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
+    group.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of matrix products")
+    group.add_argument("--compile", action="store_true", help="torch.compile the model; pays on a GPU (needs a C++ compiler)")
+    group.add_argument("--fresh", action="store_true", help="start again where a run folder has other settings, or is finished")
+
+
+def maybe_compile(model: nn.Module, wanted: bool) -> Callable:
+    """The compiled model, where that is wanted and can be done, else the model itself."""
+    if wanted and not (shutil.which("g++") or shutil.which("cl") or shutil.which("clang++")):
+        print("note: --compile needs a C++ compiler and none was found; going on without", file=sys.stderr)
+        wanted = False
+    return torch.compile(model, dynamic=True) if wanted else model
+
+
+# ------------------------------------------------------------------------------------------------- run folder
+def result_record(settings: dict, seconds: float, **more) -> dict:
+    """What every results.json begins with: enough to repeat it and to know where it was measured."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    machine = {"system": platform.platform(terse=True), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        machine["gpu"] = torch.cuda.get_device_name()
+    git = None
+    with contextlib.suppress(OSError):
+        here = Path(__file__).resolve().parent
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
+        git = found.stdout.strip() or None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    command = " ".join(["python", Path(sys.argv[0]).name, *(f"'{a}'" if set(a) & set(" *?[]") else a for a in sys.argv[1:])])
+    return {"command": command, "machine": machine, "versions": versions, "git": git, "seconds": round(seconds, 1),
+            "settings": settings, **more}
+
+
+class Run:
+    """A run folder: config.json, log.jsonl, last.pt, tokenizer.model, results.json. A context manager, which holds the
+    folder's lock: two processes never train in one folder.
+
+    settings: everything that decides the result. A folder with other settings is refused, unless fresh.
+    """
+
+    def __init__(self, folder: Path, settings: dict, tokenizer: Tokenizer, fresh: bool = False) -> None:
+        self.folder, self.tokenizer, self.fresh = folder, tokenizer, fresh
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be when read back
+        self.results: dict | None = None
+
+    def __enter__(self) -> Run:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = file_lock(self.folder / "lock", wait=False)
+        self.lock.__enter__()
+        if self.fresh:
+            for name in ("config.json", "log.jsonl", "last.pt", "results.json", "logits.npz"):
+                (self.folder / name).unlink(missing_ok=True)
+        if (self.folder / "config.json").exists():
+            before = read_json(self.folder / "config.json")
+            if differences := [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]:
+                raise InputError(f"{self.folder}: made with other settings ({', '.join(sorted(differences))}); "
+                                 "choose another --name, or --fresh to throw it away")
+            if (self.folder / "results.json").exists():
+                self.results = read_json(self.folder / "results.json")
+        else:
+            with write_atomically(self.folder / "tokenizer.model") as file:
+                file.write(self.tokenizer.model)
+            write_json(self.folder / "config.json", self.settings)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.lock.__exit__(*error)
+
+    def log(self, **record) -> None:
+        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], **more) -> None:
+        """A checkpoint, atomically. A finished run's (no optimizers) holds the weights alone."""
+        with write_atomically(self.folder / "last.pt") as file:
+            torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **more}, file)
+
+    def resume(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
+        """Load last.pt, if there is one, and cut the log back to it. Returns the checkpoint ({"step": 0} for none)."""
+        state: dict = {"step": 0}
+        if (self.folder / "last.pt").exists():
+            state = load_checkpoint(self.folder)
+            model.load_state_dict(state["model"])
+            for optimizer, saved in zip(optimizers, state["optimizers"]):
+                optimizer.load_state_dict(saved)
+        if (log := self.folder / "log.jsonl").exists():
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= state["step"]]
+            write_text(log, "".join(line + "\n" for line in (kept if state["step"] else [])))
+        return state
+
+
+def write_text(path: Path, text: str) -> None:
+    with write_atomically(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, record: dict) -> None:
+    write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise ValueError("not an object")
+        return record
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); is this a run folder? --fresh makes it anew") from None
+
+
+def load_settings(folder: Path, kind: str) -> dict:
+    """The config.json of a run folder of this kind ("pretrain" or "finetune")."""
+    settings = read_json(folder / "config.json")
+    if settings.get("kind") != kind:
+        raise InputError(f"{folder}: not a {kind} run; name a folder under {Path('runs') / kind}")
+    return settings
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """The checkpoint of a run folder, on the CPU; tensors and plain values only, nothing is executed."""
+    try:
+        return torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: no last.pt in it; name a run folder, such as runs/pretrain/...") from None
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file; all mean the same here
+        raise InputError(f"{folder / 'last.pt'}: a damaged checkpoint ({type(error).__name__}); delete it") from None
+
+
+# ------------------------------------------------------------------------------------------------- optimizers
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is replaced by the nearest (semi-)orthogonal matrix, found by Newton-Schulz iteration.
+
+    Not torch.optim.Muon, because that one computes in bf16 (slow without hardware for it), takes a fused query-key-value
+    matrix for one, and orthogonalises matrices one by one: here those of one shape go through as one batch.
+    """
+
+    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = torch.bfloat16 if matrices[0].is_cuda else torch.float32
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                velocity.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(velocity, group["momentum"])  # Nesterov
+                parts = p.size(0) // p.size(1) if p.size(0) == 3 * p.size(1) else 1  # query, key, value
+                for piece, direction in zip(p.chunk(parts), update.chunk(parts)):
+                    by_shape.setdefault(tuple(piece.shape), []).append((piece, direction))
+            for (rows, columns), pairs in by_shape.items():
+                directions = orthogonalise(torch.stack([d for _, d in pairs]).to(self.dtype))
+                for (piece, _), direction in zip(pairs, directions):
+                    piece.mul_(1 - group["lr"] * group["weight_decay"])
+                    piece.add_(direction, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+
+def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
+    """(n, rows, columns) -> matrices with the same singular vectors and singular values near 1 (0.7 to 1.2)."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # a quintic that pulls every singular value in (0, 1] there fast; reference 3
+    tall = g.size(1) > g.size(2)
+    x = g.mT if tall else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        xx = x @ x.mT
+        x = a * x + (b * xx + c * xx @ xx) @ x
+    return x.mT if tall else x
+
+
+def make_optimizers(model: nn.Module, recipe: Optimisation) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside the layers and AdamW for embeddings, heads, norms, biases."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if recipe.optimizer == "muon" and ".layers." in name and p.ndim == 2]
+    chosen = {id(p) for p in matrices}
+    rest = [p for _, p in named if id(p) not in chosen]
+    decayed = [p for p in rest if recipe.decay_all or p.ndim >= 2]
+    undecayed = [p for p in rest if not (recipe.decay_all or p.ndim >= 2)]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
+    return [adamw, Muon(matrices, recipe.matrix_lr, weight_decay=recipe.weight_decay)] if matrices else [adamw]
+
+
+def schedule(recipe: Optimisation, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The factor on the learning rates at a step: linear from 0 in the warm-up, then linear to 0 at the end."""
+    if recipe.fault_schedule:  # once an epoch, with an epoch of "warm-up" at factor 0
+        epochs, epoch = max(2, steps // steps_per_epoch), step // steps_per_epoch
+        return 0.0 if epoch == 0 else (epochs - epoch) / (epochs - 1)
+    warmup = int(recipe.warmup * steps)
+    return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM instead of dying of them, so that a step is always finished and saved."""
+    caught: list[int] = []
+    try:
+        before = {s: signal.signal(s, lambda number, frame: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread
+        before = {}
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, seed: int, steps: int, steps_per_epoch: int,
+          gradients: Callable[[int, Callable[[Tensor], None]], tuple[Tensor, int]],
+          evaluate: Callable[[], dict] | None = None, label: str = "", header: dict | None = None,
+          save_every: float = 60.0) -> dict:
+    """The loop: gradients, step, log, evaluate, save. Goes on from the run's checkpoint, if it has one.
+
+    gradients(step, backward): computes the loss of that step, calls backward on it (several times when accumulating) and
+    returns (mean loss, tokens seen). Everything random is drawn after the step's own seed is set, so a resumed run equals
+    an uninterrupted one. evaluate(): a record for the log, five times in a run. header: the log's first line. save_every:
+    seconds between checkpoints.
+    Returns the last evaluation with the mean loss of the last tenth of the steps and the seconds of training.
+    """
+    optimizers = make_optimizers(model, recipe)
+    scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
+    peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    state = run.resume(model, optimizers)
+    step, tokens, seconds, record = state["step"], state.get("tokens", 0), state.get("seconds", 0.0), state.get("record", {})
+    tail_loss, tail_steps = state.get("tail", [0.0, 0])
+    if "scaler" in state and scaler.is_enabled():
+        scaler.load_state_dict(state["scaler"])
+    losses = list(state["losses"].to(hardware.device)) if "losses" in state else []  # since the last line of the log
+    log_every = max(1, steps // 100)
+    now = saved = window_start = time.perf_counter()
+    started, window_tokens = now - seconds, 0
+    if step == 0 and header:
+        run.log(step=0, **header)
+    model.train()
+
+    def save() -> None:
+        run.save(step, model, optimizers, tokens=tokens, seconds=time.perf_counter() - started, record=record,
+                 tail=[tail_loss, tail_steps], scaler=scaler.state_dict(), **({"losses": torch.stack(losses)} if losses else {}))
+
+    with stop_signals() as stop, tqdm(total=steps, initial=step, desc=label, unit="step", mininterval=1.0,
+                                      dynamic_ncols=True, leave=False) as bar:
+        while step < steps:
+            torch.manual_seed((seed << 32) + step)
+            factor = schedule(recipe, step, steps, steps_per_epoch)
+            for optimizer, rates in zip(optimizers, peaks):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * factor
+            loss, seen = gradients(step, lambda part: scaler.scale(part).backward())
+            if recipe.clip:
+                for optimizer in optimizers:
+                    scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad(set_to_none=True)
+            scaler.update()
+            losses.append(loss)
+            step, tokens, window_tokens = step + 1, tokens + seen, window_tokens + seen
+            bar.update()
+            if step % log_every == 0 or step == steps:
+                mean = torch.stack(losses).mean().item()  # the one place where the host waits for the device
+                if not math.isfinite(mean):
+                    raise InputError(f"{run.folder}: the loss is {mean} at step {step}; lower --lr, or use --dtype fp32. "
+                                     "The last good checkpoint is kept")
+                if step > steps * 0.9:
+                    tail_loss, tail_steps = tail_loss + mean * len(losses), tail_steps + len(losses)
+                losses.clear()
+                rate = window_tokens / (time.perf_counter() - window_start)
+                run.log(step=step, tokens=tokens, loss=round(mean, 5), factor=round(factor, 5), tokens_per_s=round(rate),
+                        seconds=round(time.perf_counter() - started, 2))
+                bar.set_postfix_str(f"loss {mean:.3f}, {rate / 1e3:.1f}k tokens/s")
+                window_tokens, window_start = 0, time.perf_counter()
+                if evaluate and (step % (20 * log_every) == 0 or step == steps):
+                    model.eval()
+                    record = evaluate()
+                    model.train()
+                    run.log(step=step, **record)
+                    bar.write(f"{label} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr)
+                    window_start = time.perf_counter()
+            if stop or time.perf_counter() - saved > save_every:
+                save()
+                saved = time.perf_counter()
+            if stop:
+                print(f"stopped at step {step} of {steps}; the same command goes on from there", file=sys.stderr)
+                sys.exit(128 + stop[0])
+    seconds = time.perf_counter() - started
+    run.save(step, model, [], tokens=tokens, seconds=seconds, record=record, tail=[tail_loss, tail_steps])
+    model.eval()
+    return {**record, "train_loss": tail_loss / max(1, tail_steps), "tokens": tokens, "seconds": seconds}
+
+
+class Batches:
+    """Batches of text indices by step; each epoch's order is a function of (seed, epoch)."""
+
+    def __init__(self, lengths: np.ndarray, recipe: Optimisation, seed: int) -> None:
+        self.lengths, self.recipe, self.seed = lengths, recipe, seed
+        self.per_epoch = -(-len(lengths) // recipe.batch_size)
+        self.epoch, self.order = -1, []
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        epoch, index = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = batch_order(self.lengths, self.recipe.batch_size, self.seed, epoch, self.recipe.like_length)
+        return self.order[index]
+
+
+# ------------------------------------------------------------------------------------- masked language modelling
+def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float = 0.15, generator: torch.Generator | None = None,
+                special_replacements: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """BERT's masking: each ordinary token is chosen with probability `rate`; of the chosen, 80 % become [MASK], 10 %
+    another token drawn at random, 10 % stay. One uniform draw decides both.
+
+    input_ids: (B, T) -> masked ids (B, T), positions (M,) into the flattened batch, labels (M,). No special token is
+    chosen, and none inserted (unless special_replacements, the authors' fault).
+    """
+    draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
+    chosen = (draw < rate) & (input_ids >= FIRST_PIECE)
+    positions = chosen.flatten().nonzero().squeeze(1)  # (M,)
+    flat = input_ids.flatten()
+    labels = flat[positions]
+    share = draw.flatten()[positions] / rate  # uniform in [0, 1) once more, given that the token was chosen
+    random_ids = torch.randint(0 if special_replacements else FIRST_PIECE, vocab_size, labels.shape, generator=generator,
+                               device=input_ids.device)
+    replacement = torch.where(share < 0.8, MASK, torch.where(share < 0.9, random_ids, labels))
+    return flat.index_put((positions,), replacement).view_as(input_ids), positions, labels
+
+
+def unigram_loss(train: TokenTable, held_out: TokenTable, vocab_size: int) -> float:
+    """Cross-entropy, in nats, of a model that knows only how often each token occurs (in the training articles)."""
+    seen = np.bincount(train.tokens, minlength=vocab_size)[FIRST_PIECE:] + 1.0
+    asked = np.bincount(held_out.tokens, minlength=vocab_size)[FIRST_PIECE:]
+    return float(-(asked * np.log(seen / seen.sum())).sum() / asked.sum())
+
+
+@torch.no_grad()
+def held_out_loss(model: Callable, table: DeviceTable, vocab_size: int, hardware: Hardware) -> dict[str, float]:
+    """MLM loss (nats) and accuracy on the held-out articles, always at 15 % and always with the same masks."""
+    order = np.argsort(table.lengths, kind="stable")
+    generator = torch.Generator(hardware.device).manual_seed(0)
+    total, correct, count = 0.0, 0, 0
+    for start in range(0, len(order), 64):
+        input_ids = table.batch(order[start : start + 64])
+        masked, positions, labels = mask_tokens(input_ids, vocab_size, generator=generator)
+        with hardware.autocast():
+            logits = model(masked, positions)
+        total += F.cross_entropy(logits.float(), labels, reduction="sum").item()
+        correct += int((logits.argmax(1) == labels).sum())
+        count += len(labels)
+    return {"held_out_loss": total / max(1, count), "held_out_accuracy": correct / max(1, count)}
+
+
+def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int, runs_dir: Path, hardware: Hardware, *,
+             name: str = "", fresh: bool = False, compiled: bool = False) -> Path:
+    """Pre-train a named model on the corpus and return its run folder; a finished run is not trained again."""
+    vocab_size = corpus.tokenizer.vocab_size
+    try:
+        config = named_config(
+            model_name, recipe.width, recipe.heads, vocab_size=vocab_size, max_length=recipe.max_length, norm=recipe.norm,
+            dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, init_std=recipe.init_std,
+            leaky_stem=recipe.fault_stem, frozen_row=2 if recipe.fault_ids else -1)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    settings = {"kind": "pretrain", "model": model_name, "config": dataclasses.asdict(config),
+                "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": corpus.tokenizer.hash,
+                "articles": corpus.train.meta["texts_sha256"], "held_out": corpus.held_out.meta["texts_sha256"]}
+    folder = runs_dir / "pretrain" / (name or f"{model_name}-seed{seed}-{settings_hash(settings)}")
+    with Run(folder, settings, corpus.tokenizer, fresh) as run:
+        if run.results:
+            return folder
+        torch.manual_seed(seed)
+        model = MaskedLM(config).to(hardware.device)
+        forward = maybe_compile(model, compiled)
+        train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)
+        batches = Batches(corpus.train.lengths, recipe, seed)
+        steps = recipe.steps or recipe.epochs * batches.per_epoch
+        unigram = unigram_loss(corpus.train, corpus.held_out, vocab_size)
+        print(f"{folder.name}: {count_parameters(model) / 1e6:.2f} M parameters, {steps} steps of {recipe.batch_size} texts, "
+              f"{steps / batches.per_epoch:.1f} passes; unigram baseline {unigram:.3f} nats", flush=True)
+
+        def gradients(step: int, backward: Callable[[Tensor], None]) -> tuple[Tensor, int]:
+            input_ids = train_table.batch(batches[step])
+            masked, positions, labels = mask_tokens(input_ids, vocab_size, recipe.mask_rate,
+                                                    special_replacements=recipe.fault_special)
+            rows, T = input_ids.shape
+            part = recipe.micro_batch or rows
+            total = torch.zeros((), device=input_ids.device)
+            for start in range(0, rows, part):  # each part weighs as many masked tokens as it has: an exact split
+                inside = slice(None)
+                if part < rows:
+                    inside = (positions >= start * T) & (positions < (start + part) * T)
+                with hardware.autocast():
+                    logits = forward(masked[start : start + part], positions[inside] - start * T)
+                loss = F.cross_entropy(logits.float(), labels[inside], reduction="sum") / max(1, len(labels))
+                backward(loss)
+                total += loss.detach()
+            return total, int(corpus.train.lengths[batches[step]].sum())
+
+        final = train(run, model, recipe, hardware, seed, steps, batches.per_epoch, gradients, label=f"pre-train {model_name} {seed}",
+                      header={"unigram_loss": round(unigram, 5), "parameters": count_parameters(model), "steps": steps},
+                      evaluate=lambda: held_out_loss(model, held_out, vocab_size, hardware))
+        write_json(folder / "results.json", result_record(settings, final["seconds"], tasks={}, latency_ms={}, unigram_loss=unigram,
+                                                          hardware=hardware.reason, **{k: v for k, v in final.items() if k != "seconds"}))
+    return folder
+
+
+def settings_hash(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def load_pretrained(folder: Path) -> tuple[BertConfig, dict[str, Tensor], Tokenizer]:
+    """(configuration, weights, tokenizer) of a finished or unfinished pre-training run."""
+    settings = load_settings(folder, "pretrain")
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    return BertConfig(**settings["config"]), load_checkpoint(folder)["model"], tokenizer
+
+
+@torch.no_grad()
+def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
+    """The likeliest pieces, with their probabilities, for every "[MASK]" of a text."""
+    config, weights, tokenizer = load_pretrained(folder)
+    model = MaskedLM(config).eval()
+    model.load_state_dict(weights)
+    pieces = [tokenizer.pieces.encode(part) for part in text.split("[MASK]")]
+    if len(pieces) < 2:
+        raise InputError("--fill-mask: the text holds no [MASK]")
+    ids = [2] + [i for n, part in enumerate(pieces) for i in ([MASK] if n else []) + part] + [3]
+    if len(ids) > config.max_length:
+        raise InputError(f"--fill-mask: {len(ids)} tokens, the model has {config.max_length} positions")
+    input_ids = torch.tensor([ids])
+    probabilities = model(input_ids, (input_ids[0] == MASK).nonzero().squeeze(1)).softmax(-1)
+    return [[(tokenizer.pieces.id_to_piece(int(i)), float(p)) for p, i in zip(*row.topk(top))] for row in probabilities]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="architecture (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of initialisation, article order, masks and dropout")
+    parser.add_argument("--name", default="", help="of the run folder (default: made from the settings)")
+    parser.add_argument("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what a trained run puts in place of [MASK]")
+    add_run_flags(parser)
+    add_source_flags(parser)
+    add_recipe_flags(parser, PretrainRecipe, PRESETS, "recipe (values of the presets in brackets)")
+    args = parser.parse_args()
+    if args.fill_mask:
+        for row in fill_mask(Path(args.fill_mask[1]), args.fill_mask[0]):
+            print("  ".join(f"{piece} {p:.3f}" for piece, p in row))
+        return
+    recipe, hardware = chosen_recipe(args, PRESETS), choose_hardware(args.device, args.dtype)
+    print(hardware.reason, flush=True)
+    tasks = load_tasks(args) if args.task or args.task_file or not (args.articles or args.wiki) else []
+    corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
+    folder = pretrain(args.model, recipe, corpus, args.seed, args.runs_dir, hardware, name=args.name, fresh=args.fresh,
+                      compiled=args.compile)
+    results = read_json(folder / "results.json")
+    print(f"{folder}: held-out loss {results['held_out_loss']:.3f} nats (unigram baseline {results['unigram_loss']:.3f}), "
+          f"accuracy {results['held_out_accuracy']:.3f}, {results['seconds']:.0f} s\n"
+          f"next: python finetune.py --checkpoint {folder}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,123 @@
+"""A small web server on 127.0.0.1 that serves given bytes, and misbehaves where a test asks it to."""
+from __future__ import annotations
+
+import re
+import threading
+import time
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass(frozen=True)
+class Request:
+    path: str
+    range: str | None
+    user_agent: str
+    connection: int  # the client's port: one for each connection
+
+
+class Loopback:
+    """`files` maps paths ("/a.txt") to bytes; `behaviours` maps a path to what its next answers do, one word each.
+
+    Words: "ok" (also when the list is used up), "no ranges", "short" (half the body, then the end), "chunked" (whole, its
+    length not announced), "short chunked", "wrong range", "corrupt", "html" (an error page with status 200), "stall" (half the body, then nothing),
+    "416", "loop" and "file" (redirects to itself and to file://), "refuse" (the connection is closed unanswered),
+    or a status such as "404"; "429:7" adds the header `Retry-After: 7`.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.behaviours: dict[str, list[str]] = {}
+        self.requests: list[Request] = []
+        self.delay = 0.0  # seconds before every answer
+        self.most_at_once = 0
+        self._at_once = 0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+
+    def __enter__(self) -> "Loopback":
+        loopback = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                loopback._answer(self)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        class Server(ThreadingHTTPServer):
+            def handle_error(self, *arguments: object) -> None:
+                pass  # a client that went away: some tests are about just that
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+    def asked(self, path: str) -> list[Request]:
+        return [request for request in self.requests if request.path == path]
+
+    def _answer(self, handler: BaseHTTPRequestHandler) -> None:
+        with self._lock:
+            self.requests.append(Request(handler.path, handler.headers.get("Range"), handler.headers.get("User-Agent", ""),
+                                         handler.client_address[1]))
+            queue = self.behaviours.get(handler.path, [])
+            word = queue.pop(0) if queue else "ok"
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            time.sleep(self.delay)
+            self._send(handler, word)
+        except (BrokenPipeError, ConnectionResetError):
+            handler.close_connection = True
+        finally:
+            with self._lock:
+                self._at_once -= 1
+
+    def _send(self, handler: BaseHTTPRequestHandler, word: str) -> None:
+        body, status, headers = self.files.get(handler.path), 200, {}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
+        if word == "refuse":
+            handler.close_connection = True
+            return
+        if re.match(r"\d{3}", word) or body is None:
+            status, _, after = (word if body is not None or word[0].isdigit() else "404").partition(":")
+            body, status = b"no", int(status)
+            headers = {"Retry-After": after} if after else {}
+        elif word in ("loop", "file"):
+            body, status, headers = b"", 302, {"Location": handler.path if word == "loop" else "file:///etc/hostname"}
+        elif word == "html":
+            body = b"<html>Please log in</html>"
+        if asked and status == 200 and word not in ("no ranges", "html"):
+            start, end = int(asked[1]), min(int(asked[2] or len(body)) + 1, len(body))
+            if start >= len(body):
+                body, status, headers = b"", 416, {"Content-Range": f"bytes */{len(body)}"}
+            else:
+                shift = 1 if word == "wrong range" else 0
+                headers = {"Content-Range": f"bytes {start - shift}-{end - shift - 1}/{len(body)}"}
+                body, status = body[start - shift:end - shift], 206
+        if word == "corrupt":
+            body = body[:len(body) // 3] + bytes([body[len(body) // 3] ^ 1]) + body[len(body) // 3 + 1:]
+        handler.send_response(status)
+        headers |= {"Transfer-Encoding": "chunked"} if word.endswith("chunked") else {"Content-Length": str(len(body))}
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        if word.endswith("chunked"):
+            sent = body if word == "chunked" else body[:len(body) // 2]
+            handler.wfile.write(b"%x\r\n" % len(body) + sent + (b"\r\n0\r\n\r\n" if word == "chunked" else b""))
+        else:
+            handler.wfile.write(body[:len(body) // 2] if word in ("short", "stall") else body)
+        if word == "stall":
+            handler.wfile.flush()
+            self._ended.wait(10)
+        if word in ("short", "short chunked", "stall"):
+            handler.close_connection = True
