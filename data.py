@@ -230,7 +230,7 @@ def _body(response: requests.Response) -> Iterator[bytes]:
     for piece in response.iter_content(1 << 16):
         missing -= len(piece)
         yield piece
-    if missing > 0:
+    if missing > 0:  # urllib3 before 2 does not look
         raise _Passing(f"the connection ended {missing} bytes early")
 
 
@@ -370,12 +370,12 @@ def opening_text(wikitext: str, max_characters: int = 1200) -> str:
     end = text.rfind("-->") + 3 if "-->" in text else 0  # each `.*?` finds its end before here, so none runs on
     text = re.sub("<!--.*?-->", "", text[:end], flags=re.S) + text[end:].replace("<!--", "")
     lines: list[str] = []
-    for line in map(str.strip, _flat(text, 5 * max_characters).split("\n")):
+    for line in map(str.strip, _flat(text, 3 * max_characters).split("\n")):
         if _BACK_MATTER.match(line):
             break
         if not line.startswith(("=", "|", "!")):  # headings; rows of a table that was never closed
             lines.append(line.lstrip("*#:; "))
-    text = "\n".join(lines)[:5 * max_characters]  # short now: none of the patterns below can take long
+    text = "\n".join(lines)[:3 * max_characters]  # short now: none of the patterns below can take long
     for pattern, by in _CLEANING:
         text = pattern.sub(by, text)
     text = html.unescape(text)

@@ -7,6 +7,7 @@ what is reported is the accuracy after the last epoch.
     python finetune.py --checkpoint RUN1 RUN2 --task agnews dbpedia                      several initialisations
     python finetune.py --model bert-1 --task-file my.csv                                 from scratch only
     python finetune.py --predict "Some text." RUN       or   --predict-file FILE RUN      a finished run at work
+    python finetune.py --export DIR RUN                                                  a folder for Hugging Face
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from torch import Tensor
 from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
-                      choose_hardware, chosen_recipe, load_checkpoint, load_pretrained, load_settings, maybe_compile, read_json, result_record,
-                      setting, settings_hash, train, write_json)
+                      choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained, load_settings,
+                      maybe_compile, read_json, result_record, setting, settings_hash, train, write_json)
 from tokenizer import Tokenizer
 
 
@@ -233,14 +234,16 @@ class Predictor:
 # ------------------------------------------------------------------------------------------------- command line
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", type=Path, help="with --predict: a finished run under runs/finetune/")
-    parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN", help="pre-training runs to start from")
+    parser.add_argument("run", nargs="?", type=Path, help="with --predict or --export: a finished run under runs/finetune/")
+    parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN",
+                        help="pre-training runs to start from; hf:DIR is a Hugging Face folder (types bert, megatron-bert)")
     parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="also train the twin from scratch")
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
     parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
     parser.add_argument("--predict", metavar="TEXT", help="classify this text with RUN")
     parser.add_argument("--predict-file", type=Path, metavar="FILE", help="classify every line of FILE with RUN; JSON lines out")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="write RUN as a Hugging Face model folder DIR")
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, FinetuneRecipe, PRESETS, "recipe (values of the presets in brackets)")
@@ -257,10 +260,17 @@ def main() -> None:
             best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
             print(json.dumps({"text": text, "label": next(iter(best)), "probabilities": best}, ensure_ascii=False))
         return
+    if args.export:
+        if not args.run:
+            raise InputError("--export needs the folder of a finished run, under runs/finetune/")
+        predictor = Predictor(args.run, choose_hardware("cpu"))
+        export_model(predictor.model, predictor.tokenizer, args.export, predictor.classes)
+        return
     if args.run:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")
     recipe = chosen_recipe(args, PRESETS)
     print(hardware.reason, flush=True)
+    args.checkpoint = [import_checkpoint(checkpoint, args.tokenizer, args.runs_dir) for checkpoint in args.checkpoint]
     tasks = load_tasks(args)
     starts: dict[str, list[Path | None]] = {}  # model -> pre-training runs, which differ in their seeds
     for checkpoint in args.checkpoint:

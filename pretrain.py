@@ -6,6 +6,7 @@ Fourth of the six files, after tokenizer.py, data.py and model.py. Its loop (`tr
     python pretrain.py --model bert-6 --wiki simplewiki --articles-count 20000
     python pretrain.py --preset paper --model bert-6 --articles 'wiki*.jsonl.gz' --articles-count 90000
     python pretrain.py --fill-mask "Paris is the [MASK] of France." runs/pretrain/bert-1-...
+    python pretrain.py --export DIR runs/pretrain/bert-1-...                             a folder for Hugging Face
 
 References
 1) BERT's masking and head: Devlin et al., https://arxiv.org/abs/1810.04805
@@ -28,7 +29,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +41,9 @@ from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, load_corpus,
                   load_tasks, run_script, write_atomically)
-from model import MODELS, BertConfig, MaskedLM, count_parameters, named_config
-from tokenizer import FIRST_PIECE, MASK, Tokenizer
+from model import (MODELS, BertConfig, Classifier, MaskedLM, count_parameters, from_hugging_face, named_config, to_hugging_face,
+                   write_safetensors)
+from tokenizer import FIRST_PIECE, MASK, Tokenizer, hugging_face_files
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -96,7 +98,7 @@ PRESETS = {
         vocab_size=8_000, mask_rate=0.25),
     "smoke": PretrainRecipe(
         steps=6, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, warmup=0.2, dropout=0.0,
-        attention_dropout=0.0, width=64, norm="pre", vocab_size=300, max_length=32),
+        attention_dropout=0.0, width=64, norm="pre", vocab_size=250, max_length=32),
 }
 
 
@@ -122,6 +124,11 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
     for name in ("batch_size", "epochs"):
         if getattr(recipe, name) < 1:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must be at least 1")
+    if isinstance(recipe, PretrainRecipe):
+        try:
+            named_config("bert-1", recipe.width, recipe.heads, norm=recipe.norm)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     if not 0 < getattr(recipe, "mask_rate", 0.15) <= 1 or not 8 <= getattr(recipe, "max_length", 128) <= 4096:
         raise InputError("--mask-rate must lie in (0, 1], --max-length in 8..4096")
     return recipe
@@ -609,12 +616,93 @@ def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, flo
     return [[(tokenizer.pieces.id_to_piece(int(i)), float(p)) for p, i in zip(*row.topk(top))] for row in probabilities]
 
 
+# ------------------------------------------------------------------------------------------- to and from Hugging Face
+def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
+    """The model of a pre-training run, ready to be used, on the CPU."""
+    config, weights, tokenizer = load_pretrained(folder)
+    if "dense.weight" not in weights:
+        raise InputError(f"{folder}: was imported without a masked-language-model head; it can only be fine-tuned")
+    model = MaskedLM(config).eval()
+    model.load_state_dict(weights)
+    return model, tokenizer
+
+
+def export_model(model: MaskedLM | Classifier, tokenizer: Tokenizer, folder: Path, classes: Sequence[str] = ()) -> None:
+    """Write a folder that Hugging Face's AutoModelFor..., AutoTokenizer and pipelines read, and --checkpoint hf:DIR too.
+
+    It gets its name when it is complete. Raises InputError if it exists, or the model has no counterpart there.
+    """
+    try:
+        config, tensors = to_hugging_face(model, classes)
+    except ValueError as error:
+        raise InputError(f"--export: {error}") from None
+    folder = folder.resolve()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"--export {folder}: is there already and not empty; name a new folder")
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    try:
+        for name, record in {"config.json": config, **hugging_face_files(tokenizer, model.config.max_length)}.items():
+            write_json(part / name, record)
+        with write_atomically(part / "tokenizer.model") as file:
+            file.write(tokenizer.model)
+        with write_atomically(part / "model.safetensors") as file:
+            write_safetensors(tensors, file)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    except OSError as error:
+        raise InputError(f"--export {folder}: {error.strerror}; name a folder that can be written") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    print(f"{folder}: {config['architectures'][0]} with its tokenizer, for transformers' from_pretrained")
+
+
+def import_checkpoint(checkpoint: Path, tokenizer_file: Path | None, runs_dir: Path) -> Path:
+    """A checkpoint "hf:DIR" (a Hugging Face folder of type bert or megatron-bert) as a pre-training run, made under
+    runs_dir if it is not there yet; any other checkpoint is a run already.
+
+    tokenizer_file: to be used instead of the tokenizer.model which our export leaves in DIR. Raises InputError.
+    """
+    if not str(checkpoint).startswith("hf:"):
+        return checkpoint
+    folder = Path(str(checkpoint).removeprefix("hf:"))
+    own = folder / "tokenizer.model"
+    if not (tokenizer_file or own.exists()) and folder.is_dir():
+        raise InputError(f"{folder}: has no tokenizer.model, so its tokenizer (a WordPiece vocab.txt?) differs from ours, and its "
+                         "embedding rows belong to other tokens; --tokenizer FILE.model goes on in spite of that")
+    try:
+        config, weights, _ = from_hugging_face(folder)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    tokenizer = Tokenizer.load(tokenizer_file or own)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(f"{folder}: has {config.vocab_size} embedding rows, the tokenizer {tokenizer.vocab_size} pieces; "
+                         "give a smaller one with --tokenizer")
+    if not own.exists() or own.read_bytes() != tokenizer.model:
+        print(f"note: {folder} was trained with another tokenizer than {tokenizer_file}: its embedding rows belong to other "
+              "tokens, so only its layers bring knowledge along", flush=True)
+    weights = {name: t for name, t in weights.items() if not name.startswith(("pooler.", "output."))}  # of a classifier
+    digest = hashlib.sha256()
+    for name, t in sorted(weights.items()):
+        digest.update(name.encode() + t.contiguous().numpy().tobytes())
+    label = f"hf-{folder.resolve().name}"
+    settings = {"kind": "pretrain", "model": label, "config": dataclasses.asdict(config), "seed": 0, "tokenizer": tokenizer.hash,
+                "weights": digest.hexdigest()}
+    run_folder = runs_dir / "pretrain" / f"{label}-{settings_hash(settings)}"
+    with Run(run_folder, settings, tokenizer):
+        if not (run_folder / "last.pt").exists():
+            with write_atomically(run_folder / "last.pt") as file:
+                torch.save({"step": 0, "model": weights, "optimizers": []}, file)
+    return run_folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="architecture (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of initialisation, article order, masks and dropout")
     parser.add_argument("--name", default="", help="of the run folder (default: made from the settings)")
     parser.add_argument("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what a trained run puts in place of [MASK]")
+    parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN as a Hugging Face folder DIR")
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, PretrainRecipe, PRESETS, "recipe (values of the presets in brackets)")
@@ -622,6 +710,10 @@ def main() -> None:
     if args.fill_mask:
         for row in fill_mask(Path(args.fill_mask[1]), args.fill_mask[0]):
             print("  ".join(f"{piece} {p:.3f}" for piece, p in row))
+        return
+    if args.export:
+        model, tokenizer = load_masked_lm(args.export[1])
+        export_model(model, tokenizer, args.export[0])
         return
     recipe, hardware = chosen_recipe(args, PRESETS), choose_hardware(args.device, args.dtype)
     print(hardware.reason, flush=True)

@@ -13,6 +13,7 @@ class Request:
     path: str
     range: str | None
     user_agent: str
+    encodings: str | None  # the header Accept-Encoding
     connection: int  # the client's port: one for each connection
 
 
@@ -68,7 +69,7 @@ class Loopback:
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         with self._lock:
             self.requests.append(Request(handler.path, handler.headers.get("Range"), handler.headers.get("User-Agent", ""),
-                                         handler.client_address[1]))
+                                         handler.headers.get("Accept-Encoding"), handler.client_address[1]))
             queue = self.behaviours.get(handler.path, [])
             word = queue.pop(0) if queue else "ok"
             self._at_once += 1

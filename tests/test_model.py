@@ -1,0 +1,154 @@
+"""The mathematics: the same function however it is computed, and padding that changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from committee import SoftCommittee
+from model import (MODELS, PAD, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand, count_operations,
+                   count_parameters, named_config)
+
+
+def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random biases, norms and running statistics: at their initial 0 and 1 they would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = torch.randn(tensor.shape, generator=generator) * 0.2
+            tensor.add_(noise.abs() if "running_var" in name else noise)
+    return model
+
+
+def small(name: str, **settings) -> BertConfig:
+    channels = {"dropout": 0.0, "attention_dropout": 0.0, "vocab_size": 50, "max_length": 24}
+    return named_config(name, 128, **{**channels, **settings})
+
+
+def ragged_batch(lengths: tuple[int, ...], T: int, vocab_size: int = 50) -> torch.Tensor:
+    ids = torch.randint(5, vocab_size, (len(lengths), T), generator=torch.Generator().manual_seed(1))
+    return torch.where(torch.arange(T) < torch.tensor(lengths)[:, None], ids, PAD)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_padding_changes_nothing(name: str, norm: str) -> None:
+    """A text alone, in a padded batch, and beside other neighbours: the same logits, for both heads."""
+    config = small(name, norm=norm, pooling="mean" if norm == "pre" else "cls")
+    classifier = shake(Classifier(config, 5)).double().eval()
+    lm = shake(MaskedLM(config)).double().eval()
+    batch = ragged_batch((5, 9, 16, 2), 16)
+    with torch.no_grad():
+        together, hidden = classifier(batch), classifier.bert(batch)
+        for row, length in enumerate((5, 9, 16, 2)):
+            alone = batch[row : row + 1, :length]
+            torch.testing.assert_close(classifier(alone)[0], together[row])  # float64: to 1e-7
+            torch.testing.assert_close(classifier.bert(alone)[0], hidden[row, :length])
+            torch.testing.assert_close(lm(alone, torch.tensor([1])), lm(batch, torch.tensor([row * 16 + 1])))
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if "conv" in n])
+def test_padding_stays_out_of_the_stems_statistics(name: str) -> None:
+    """In training, more padding changes neither the output nor the running statistics; in the authors' stem it does."""
+    for leaky in (False, True):
+        outputs, means = [], []
+        for T in (12, 20):
+            torch.manual_seed(0)
+            model = shake(Classifier(small(name, leaky_stem=leaky), 3)).train()
+            batch = F.pad(ragged_batch((5, 12, 7), 12), (0, T - 12))
+            outputs.append(model(batch))
+            means.append(torch.cat([n.running_mean for n in model.bert.stem.norms]))
+        same = torch.allclose(outputs[0], outputs[1], atol=1e-4) and torch.allclose(means[0], means[1], atol=1e-5)
+        assert same != leaky
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_attention_by_hand_is_the_fused_one(dtype: torch.dtype, tolerance: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 9, 16, dtype=dtype, generator=generator) for _ in range(3))
+    mask = (torch.arange(9) < torch.tensor([9, 4, 1])[:, None])[:, None, None, :]
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(attention_by_hand(q, k, v, mask), fused, atol=tolerance, rtol=tolerance)
+
+
+def test_the_switch_between_the_two_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shake(Classifier(small("bert-6"), 4))
+    batch = ragged_batch((5, 9, 16), 16)
+    results = []
+    for fused in (True, False):
+        monkeypatch.setattr(Attention, "fused", fused)
+        model.zero_grad()
+        logits = model(batch)
+        logits.square().sum().backward()
+        results.append((logits.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=1e-3, rtol=1e-3)
+    assert not torch.equal(results[0][0], results[1][0]), "the switch switched nothing"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("norm, pooling", [("post", "cls"), ("pre", "mean")])
+def test_batched_committee_is_the_loop(name: str, norm: str, pooling: str) -> None:
+    members = [shake(Classifier(small(name, norm=norm, pooling=pooling), 6), seed).double().eval() for seed in range(3)]
+    batch = ragged_batch((5, 9, 16, 2), 16)
+    with torch.no_grad():
+        loop = torch.stack([member(batch) for member in members])
+    torch.testing.assert_close(Committee(members)(batch), loop)
+
+
+def test_mixed_committee_is_the_mean_of_probabilities() -> None:
+    members = [shake(Classifier(small(name), 6), seed).eval() for seed, name in enumerate(("bert-1", "bert-1-conv2", "bert-1", "bert-6"))]
+    batch = ragged_batch((5, 9), 16)
+    with torch.no_grad():
+        expected = torch.stack([member(batch).softmax(-1) for member in members]).mean(0)
+    torch.testing.assert_close(SoftCommittee(members)(batch), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="one shape"):
+        Committee(members)
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_one_batch_can_be_learnt_by_heart(norm: str) -> None:
+    torch.manual_seed(0)
+    model = MaskedLM(small("bert-1", norm=norm))
+    batch = ragged_batch((16, 12, 16, 9), 16)
+    positions = torch.tensor([1, 5, 17, 20, 33, 40, 49, 55])
+    labels = torch.randint(5, 50, (8,))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = F.cross_entropy(model(batch, positions), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_named_models_are_the_papers() -> None:
+    heads = {name: named_config(name).heads for name in MODELS}
+    assert heads == {"bert-6": 12, "bert-1": 12, "bert-1-wide": 24, "bert-1-conv2": 12, "bert-1-conv2-narrow": 8, "bert-1-conv3": 12,
+                     "bert-1-conv2-k16": 12}
+    assert named_config("bert-1-conv2-k16").conv_kernels == (16, 3) and named_config("bert-1-conv3").conv_channels == 32
+    with torch.device("meta"):
+        model = MaskedLM(named_config("bert-6"))
+    # counted by hand: token, position and norm; 6 layers; the head's dense, norm and bias
+    C, V = 768, 30_522
+    layer = 4 * (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C) + 4 * C
+    assert count_parameters(model) == V * C + 128 * C + 2 * C + 6 * layer + C * C + C + 2 * C + V
+    for bad in ({"width": 100}, {"width": 128, "heads": 3}):
+        with pytest.raises(ValueError):
+            named_config("bert-1", **bad)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operations_are_what_pytorch_counts(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = small(name)
+    model = Classifier(config, 5).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        Attention.fused = False  # the fused kernel on a CPU is not counted
+        try:
+            model(torch.full((1, 16), 7))
+        finally:
+            Attention.fused = True
+    # "same" padding makes PyTorch count border positions of a convolution like all others, as count_operations does
+    assert count_operations(config, 16, 5) == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -1,0 +1,138 @@
+"""Every script as its user starts it: a subprocess, the smoke preset, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from material import write_articles, write_raw_folder, write_task_file
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments: str | Path, status: int = 0) -> str:
+    """Run a script of the repository from another folder; returns what it printed."""
+    # a proxy that leads nowhere: whatever reaches for the network fails at once
+    environment = {**os.environ, "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
+    script, *rest = map(str, arguments)
+    result = subprocess.run([sys.executable, str(ROOT / script), *rest], capture_output=True, text=True, encoding="utf-8",
+                            env=environment, timeout=240, check=False)
+    assert result.returncode == status, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout + (result.stderr if status else "")
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("material with blanks é")
+    write_articles(folder / "wiki.jsonl.gz", 150)
+    write_raw_folder(folder / "raw")
+    write_task_file(folder / "train.csv", 20)
+    write_task_file(folder / "test.csv", 10, seed=1)
+    return folder
+
+
+def sources(folder: Path) -> list[str]:
+    return ["--preset", "smoke", "--articles", str(folder / "wiki.jsonl.gz"), "--raw-dir", str(folder / "raw"),
+            "--runs-dir", str(folder / "runs")]
+
+
+def test_tokenizer_script(material: Path) -> None:
+    text = material / "plain.txt"
+    text.write_text("a river of france and a city of japan\n" * 50 + "another engine there\n" * 20, encoding="utf-8")
+    model = material / "own.model"
+    run("tokenizer.py", "--train", text, "--model", model, "--vocab-size", "28")
+    shown = run("tokenizer.py", "--model", model, "--show", "River of Japan")
+    ids = re.findall(r"^ *(\d+)", shown, flags=re.M)
+    assert ids[0] == "2" and ids[-1] == "3"
+    assert run("tokenizer.py", "--model", model, "--decode", *ids).strip() == "river of japan"
+    assert "[MASK]" in model.with_suffix(".vocab").read_text(encoding="utf-8")
+    assert run("tokenizer.py", "--train", text, "--model", model, "--vocab-size", "9000", status=2).startswith("error: --vocab-size 9000")
+
+
+def test_pretrain_and_finetune_scripts(material: Path) -> None:
+    out = run("pretrain.py", *sources(material), "--model", "bert-1", "--name", "first")
+    assert "unigram baseline" in out and "held-out loss" in out
+    folder = material / "runs/pretrain/first"
+    assert {p.name for p in folder.iterdir()} >= {"config.json", "log.jsonl", "last.pt", "tokenizer.model", "results.json"}
+    assert re.search(r"\S+ 0\.\d{3}  ", run("pretrain.py", "--fill-mask", "the [MASK] of france", folder))
+    out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", material / "test.csv",
+              "--seeds", "2", "--epochs", "2")
+    assert re.search(r"train bert-1 pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
+    run_folder = next((material / "runs/finetune").glob("train-first-seed0-*"))
+    answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
+    assert answer["label"] in ("brazil", "france", "japan") and sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
+    (material / "lines.txt").write_text("one\n\nthree é\n", encoding="utf-8")
+    answers = [json.loads(line) for line in run("finetune.py", "--predict-file", material / "lines.txt", run_folder).splitlines()]
+    assert [a["text"] for a in answers] == ["one", "", "three é"]
+
+
+def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
+    out = run("finetune.py", *sources(material), "--model", "bert-1", "--task-file", material / "train.csv", material / "test.csv",
+              "--epochs", "15", "--pooling", "mean")
+    assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80
+
+
+def test_committee_script(material: Path) -> None:
+    command = ["committee.py", *sources(material), "--task", "fewrel", "dbpedia", "--train-per-class", "5", "--test-per-class", "4",
+               "--member-model", "bert-1", "bert-1-conv2", "--repeats", "2"]
+    out = run(*command)
+    for line in ("committee of 2 bert-1+bert-1-conv2", "bert-6: pre-training gives", "latency, one text of fewrel"):
+        assert line in out
+    path = Path(re.search(r"(\S.*results\.json) written", out)[1])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert {"command", "machine", "versions", "git", "seconds", "settings", "tasks", "latency_ms"} <= set(record)
+    for part in record["tasks"].values():
+        assert {k: len(v["pretrained"]) for k, v in part["models"].items()} == {"bert-6": 2, "bert-1": 2, "bert-1-conv2": 2}
+        assert [len(c) for c in part["committee"]["bert-1+bert-1-conv2"]] == [2, 2]
+        members = [part["models"][m]["pretrained"][0] for m in ("bert-1",)]
+        assert part["committee"]["bert-1+bert-1-conv2"][0][0] == members[0]
+    assert {"p10", "median", "p90"} <= set(record["latency_ms"]["committee-2"])
+    stamps = {p: p.stat().st_mtime_ns for p in (material / "runs").rglob("last.pt")}
+    again = run(*command)
+    assert stamps == {p: p.stat().st_mtime_ns for p in (material / "runs").rglob("last.pt")}, "something was trained again"
+    tables = [re.findall(r"^(?:bert-|committee of).*\d +[+-]\d.*", text, flags=re.M) for text in (out, again)]
+    assert len(tables[0]) >= 8 and tables[0] == tables[1]
+
+
+def test_embedded_default_from_the_raw_folder(material: Path) -> None:
+    out = run("committee.py", "--preset", "smoke", "--raw-dir", material / "raw", "--runs-dir", material / "runs-default",
+              "--train-per-class", "5", "--test-per-class", "6", "--members", "2")
+    assert "topics: 3 classes" in out and "next, on the paper's data" in out
+
+
+def test_data_script(material: Path) -> None:
+    assert "official size" not in run("data.py", "--raw-dir", material / "nothing") and "MIT" in run("data.py")
+    out = run("data.py", "overlap", *sources(material), "--task", "fewrel", "--vocab-size", "150", "--max-length", "16", "--select", "high",
+              "--count", "20", "--out", material / "high.jsonl.gz")
+    assert '"articles": 20' in out
+    assert "19 " in run("data.py", "fetch", "--articles", material / "high.jsonl.gz", "--task", "fewrel", "--raw-dir", material / "raw",
+                        "--preset", "smoke")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["pretrain.py", "--articles", "no-such-file.txt"], "no such file"),
+    (["pretrain.py", "--articles", "ARTICLES", "--width", "100"], "width 100 is not a positive multiple of 64"),
+    (["pretrain.py", "--articles", "ARTICLES", "--optimizer", "sgd"], "there are adamw and muon"),
+    (["pretrain.py", "--articles", "ARTICLES", "--vocab-size", "60000"], "largest that fits"),
+    (["pretrain.py", "--articles", "ARTICLES", "--device", "cuda"], "--device cpu"),
+    (["finetune.py", "--checkpoint", "nowhere", "--task-file", "TRAIN"], "is this a run folder"),
+    (["finetune.py", "--predict", "x"], "--predict needs"),
+    (["finetune.py", "--task-file", "ARTICLES", "--articles", "ARTICLES"], "line 1"),
+    (["committee.py", "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW"], "--min-class-size"),
+    (["data.py", "fetch", "--task", "fewrel", "--raw-dir", "EMPTY"], "train_wiki.json"),
+])
+def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str], message: str) -> None:
+    names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw", "EMPTY": material / "empty"}
+    if message == "--device cpu" and __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    extra = [] if arguments[0] == "data.py" else ["--runs-dir", material / "runs"]
+    out = run(*[names.get(a, a) for a in arguments], *extra, status=2)
+    assert message in out
+    assert len([line for line in out.splitlines() if line.startswith("error: ")]) == 1

@@ -1,0 +1,184 @@
+"""Masking, schedules, optimizers, accumulation, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain as pretraining
+from data import Corpus, InputError, make_table
+from material import articles, small_tokenizer, write_task_file
+from model import MaskedLM, named_config
+from pretrain import (PRESETS, Hardware, Muon, Optimisation, load_checkpoint, make_optimizers, mask_tokens, orthogonalise, pretrain,
+                      schedule, unigram_loss)
+from tokenizer import FIRST_PIECE, MASK
+
+CPU = Hardware(torch.device("cpu"), torch.float32, "test")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    tokenizer, folder = small_tokenizer(), tmp_path_factory.mktemp("tables")
+    texts = [a["text"] for a in articles(120)]
+    return Corpus(tokenizer, make_table(texts[20:], tokenizer, 32, folder, "train"), make_table(texts[:20], tokenizer, 32, folder, "held"))
+
+
+def test_masking_is_berts_statistically() -> None:
+    """15 %, of which 80/10/10; specials never chosen, never inserted; random ids uniform. Bounds: 5 standard deviations."""
+    V, n = 105, 400_000
+    ids = torch.randint(0, V, (400, 1000), generator=torch.Generator().manual_seed(0))
+    masked, positions, labels = mask_tokens(ids, V, 0.15, torch.Generator().manual_seed(1))
+    flat, out = ids.flatten(), masked.flatten()
+    assert torch.equal(labels, flat[positions]) and (labels >= FIRST_PIECE).all()
+    untouched = torch.ones(n, dtype=torch.bool)
+    untouched[positions] = False
+    assert torch.equal(out[untouched], flat[untouched])
+
+    def near(count: int, of: int, p: float) -> bool:
+        return abs(count - of * p) < 5 * (of * p * (1 - p)) ** 0.5
+
+    ordinary, M = int((flat >= FIRST_PIECE).sum()), len(positions)
+    assert near(M, ordinary, 0.15)
+    new = out[positions]
+    replaced = new == MASK
+    assert near(int(replaced.sum()), M, 0.8)
+    changed = ~replaced & (new != labels)
+    assert near(int(changed.sum()), M, 0.1 * 99 / 100)  # a random token is the old one in 1 of 100
+    assert (new[~replaced] >= FIRST_PIECE).all()
+    counts = torch.bincount(new[changed], minlength=V)[FIRST_PIECE:].double()
+    chi2 = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+    assert chi2 < 99 + 5 * (2 * 99) ** 0.5
+    again = mask_tokens(ids, V, 0.15, torch.Generator().manual_seed(1))[0]
+    other = mask_tokens(ids, V, 0.15, torch.Generator().manual_seed(2))[0]
+    assert torch.equal(masked, again) and not torch.equal(masked, other)
+
+
+def test_the_authors_fault_inserts_special_tokens() -> None:
+    ids = torch.full((200, 100), 7)
+    for fault in (False, True):
+        masked, positions, _ = mask_tokens(ids, 10, 0.5, torch.Generator().manual_seed(1), special_replacements=fault)
+        new = masked.flatten()[positions]
+        assert bool((new[new != MASK] < FIRST_PIECE).any()) == fault
+
+
+def test_schedule() -> None:
+    recipe = Optimisation(warmup=0.1)
+    factors = [schedule(recipe, s, 100, 10) for s in range(100)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0 and factors[10] == 1.0
+    assert factors[99] == pytest.approx(1 / 90) and all(a > b for a, b in zip(factors[10:], factors[11:]))
+    assert schedule(Optimisation(), 0, 100, 10) == 1.0
+    faulty = [schedule(Optimisation(fault_schedule=True), s, 100, 10) for s in range(100)]
+    assert faulty[:10] == [0.0] * 10 and faulty[10:20] == [1.0] * 10 and faulty[90] == pytest.approx(1 / 9)
+
+
+def test_orthogonalise_keeps_singular_vectors() -> None:
+    g = torch.randn(4, 48, 16, generator=torch.Generator().manual_seed(0))
+    out = orthogonalise(g, iterations=10)
+    u, s, v = torch.linalg.svd(g, full_matrices=False)
+    assert (torch.linalg.svdvals(out) - 1).abs().max() < 0.4
+    aligned = torch.einsum("nij,nik,nkj->nj", u, out, v.mT)  # diagonal of u' out v
+    assert aligned.min() > 0.5
+    torch.testing.assert_close(orthogonalise(g.mT, 10), out.mT, atol=1e-4, rtol=1e-4)
+
+
+def test_muon_takes_query_key_and_value_for_three_matrices() -> None:
+    fused = torch.nn.Parameter(torch.zeros(48, 16))
+    fused.grad = torch.randn(48, 16, generator=torch.Generator().manual_seed(0))
+    Muon([fused], lr=1.0).step()
+    for part, grad in zip(fused.data.chunk(3), fused.grad.chunk(3)):
+        torch.testing.assert_close(part, -orthogonalise(grad[None])[0], atol=1e-3, rtol=1e-3)
+
+
+def test_optimizer_groups() -> None:
+    model = MaskedLM(named_config("bert-1", 64, vocab_size=50))
+    adamw, muon = make_optimizers(model, Optimisation(optimizer="muon", decay_all=False))
+    assert sorted(tuple(p.shape) for p in muon.param_groups[0]["params"]) == [(64, 64), (64, 256), (192, 64), (256, 64)]
+    decayed, undecayed = adamw.param_groups
+    assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in undecayed["params"])
+    assert undecayed["weight_decay"] == 0.0
+    (everything,) = make_optimizers(model, Optimisation())
+    assert sum(len(g["params"]) for g in everything.param_groups) == len(list(model.parameters()))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder)["model"]
+
+
+def test_accumulation_is_exact(corpus: Corpus, tmp_path: Path) -> None:
+    """Micro-batches with different numbers of masked tokens give the whole batch's gradient."""
+    whole = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=3)
+    runs = [pretrain("bert-1", dataclasses.replace(whole, micro_batch=size), corpus, 0, tmp_path, CPU) for size in (0, 3)]
+    a, b = map(weights, runs)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
+    other = weights(pretrain("bert-1", whole, corpus, 1, tmp_path, CPU))
+    assert not torch.allclose(a["bert.token.weight"], other["bert.token.weight"], atol=1e-3)
+
+
+@pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1}), ("bert-1-conv2", {"attention_dropout": 0.1})])
+def test_resume_is_bit_exact(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, changes: dict) -> None:
+    """Interrupted twice by a signal, once right after a step that is no line of the log; then equal to the last bit."""
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=250 if model == "bert-1" else 12, **changes)
+    straight = pretrain(model, recipe, corpus, 3, tmp_path / "straight", CPU)
+    original = pretraining.mask_tokens
+    for stop_at in (5, 8):
+        calls = {"n": 0}
+
+        def interrupt(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(pretraining, "mask_tokens", interrupt)
+        with pytest.raises(SystemExit) as stopped:
+            pretrain(model, recipe, corpus, 3, tmp_path / "halting", CPU)
+        assert stopped.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr(pretraining, "mask_tokens", original)
+    halting = pretrain(model, recipe, corpus, 3, tmp_path / "halting", CPU)
+    a, b = weights(straight), weights(halting)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+    def log(folder: Path) -> list[dict]:
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+
+    assert log(straight) == log(halting)
+    results = [json.loads((f / "results.json").read_text(encoding="utf-8")) for f in (straight, halting)]
+    assert results[0]["held_out_loss"] == results[1]["held_out_loss"] and results[0]["train_loss"] == results[1]["train_loss"]
+
+
+def test_a_run_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=2)
+    folder = pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU, name="mine")
+    before = (folder / "last.pt").stat().st_mtime_ns
+    assert pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU, name="mine") == folder
+    assert (folder / "last.pt").stat().st_mtime_ns == before, "a finished run was trained again"
+    with pytest.raises(InputError, match="recipe, seed"):
+        pretrain("bert-1", dataclasses.replace(recipe, lr=1.0), corpus, 1, tmp_path, CPU, name="mine")
+    pretrain("bert-1", dataclasses.replace(recipe, lr=1e-2), corpus, 1, tmp_path, CPU, name="mine", fresh=True)
+
+
+def test_training_leaves_the_unigram_baseline(corpus: Corpus, tmp_path: Path) -> None:
+    """The made-up sentences have a simple grammar: a few hundred steps must beat word frequencies by far."""
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=300, batch_size=16, optimizer="muon", lr=1e-2, beta2=0.98)
+    results = json.loads((pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU) / "results.json").read_text(encoding="utf-8"))
+    seen = np.bincount(corpus.train.tokens, minlength=200)[FIRST_PIECE:] + 1.0
+    counted = sum(-np.log(seen[t - FIRST_PIECE] / seen.sum()) for t in np.asarray(corpus.held_out.tokens, dtype=int) if t >= FIRST_PIECE)
+    ordinary = int((np.asarray(corpus.held_out.tokens) >= FIRST_PIECE).sum())
+    assert results["unigram_loss"] == pytest.approx(counted / ordinary) == pytest.approx(unigram_loss(corpus.train, corpus.held_out, 200))
+    assert results["held_out_loss"] < results["unigram_loss"] - 1.0
+    assert results["held_out_accuracy"] > 0.4
+
+
+def test_non_finite_loss_stops_with_one_line(corpus: Corpus, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=50, lr=1e30, warmup=0.0, clip=0.0)
+    with pytest.raises(InputError, match="the loss is .* lower --lr"):
+        pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU)
