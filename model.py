@@ -46,6 +46,7 @@ class BertConfig:
     norm: str = "post"  # "post": BERT. "pre": norm inside the residual branch, and once at the end (MegatronBert)
     norm_eps: float = 1e-12
     init_std: float = 0.02
+    local_start: float = 0.0  # > 0: heads begin by looking at neighbours, this sharply (see look_at_neighbours)
     pooling: str = "cls"  # what the classifier reads: "cls", the first token, or "mean" of the real tokens
     conv_channels: int = 0  # N; with conv_kernels, a convolutional stem before the layers
     conv_kernels: tuple[int, ...] = ()
@@ -220,15 +221,45 @@ class Bert(nn.Module):
         return self.final_norm(x) if self.config.norm == "pre" else x
 
 
-def initialise(module: nn.Module, std: float) -> None:
+def initialise(module: MaskedLM | Classifier, config: BertConfig) -> None:
     """BERT's start: weights N(0, std), biases 0, norms 1 and 0. Convolutions keep PyTorch's own, as the authors' do."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(part.weight, 0.0, std)
+            nn.init.normal_(part.weight, 0.0, config.init_std)
         if isinstance(part, nn.Linear):
             nn.init.zeros_(part.bias)
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             nn.init.zeros_(part.weight[part.padding_idx])
+    if config.local_start:
+        look_at_neighbours(module.bert, config.local_start)
+
+
+@torch.no_grad()
+def look_at_neighbours(bert: Bert, sharpness: float) -> None:
+    """A start from which the heads attend to the tokens before and behind, one place away, then two, and so on.
+
+    The position table becomes random Fourier features, cos(w t) and sin(w t) with w uniform in (0, pi): position t and
+    position j then have the dot product C/2 sinc(t - j), and a rotation of each (cos, sin) pair shifts t by an offset.
+    So in every layer the key projection of a head passes some pairs through, and its query projection rotates them by
+    the head's offset -1, +1, -2, +2, ... Weights of an ordinary BERT: only their start differs from N(0, std).
+    """
+    C, H = bert.config.width, bert.config.heads
+    frequency = torch.rand(C // 2) * math.pi
+    angle = torch.arange(bert.config.max_length)[:, None] * frequency  # (positions, C/2)
+    bert.position.weight.copy_(torch.cat([angle.cos(), angle.sin()], 1) * 0.1 * math.sqrt(2))
+    D = C // H
+    for layer in bert.layers:
+        query, key, _ = layer.attention.qkv.weight.view(3, H, D, C)  # views: (H, D, C)
+        for h in range(H // 2):
+            offset = (h // 2 + 1) * (1 if h % 2 else -1)
+            pairs = torch.arange(h * (D // 2), (h + 1) * (D // 2))  # the frequencies this head works with
+            rows, turn = torch.arange(D // 2), frequency[pairs] * offset
+            key[h, rows, pairs] += sharpness
+            key[h, rows + D // 2, pairs + C // 2] += sharpness
+            query[h, rows, pairs] += turn.cos()
+            query[h, rows, pairs + C // 2] -= turn.sin()
+            query[h, rows + D // 2, pairs] += turn.sin()
+            query[h, rows + D // 2, pairs + C // 2] += turn.cos()
 
 
 # ----------------------------------------------------------------------------------------------------- heads
@@ -243,7 +274,7 @@ class MaskedLM(nn.Module):
         self.dense = nn.Linear(config.width, config.width)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        initialise(self, config.init_std)
+        initialise(self, config)
 
     def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """input_ids: (B, T); positions: (M,) indices into the flattened batch -> logits (M, V)."""
@@ -260,7 +291,7 @@ class Classifier(nn.Module):
         self.bert = Bert(config)
         self.pooler = nn.Linear(config.width, config.width)
         self.output = nn.Linear(config.width, classes)
-        initialise(self, config.init_std)
+        initialise(self, config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: (B, T) -> logits (B, classes)."""

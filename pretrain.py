@@ -63,6 +63,7 @@ class Optimisation:
     like_length: bool = setting(False, "texts of like length share a batch: less padding, but batches are less random")
     optimizer: str = setting("adamw", "adamw, or muon: Muon for the layers' matrices and AdamW for the rest")
     lr: float = setting(5e-5, "peak learning rate of AdamW")
+    position_lr: float = setting(1.0, "the position table's learning rate, relative to --lr")
     matrix_lr: float = setting(0.02, "peak learning rate of Muon")
     beta2: float = setting(0.999, "AdamW's second decay rate")
     weight_decay: float = setting(0.01, "decoupled weight decay")
@@ -82,6 +83,7 @@ class PretrainRecipe(Optimisation):
     heads: int = setting(0, "attention heads at that width; 0: one for each 64")
     norm: str = setting("post", "LayerNorm post (BERT) or pre (inside the residual branch)")
     init_std: float = setting(0.02, "standard deviation of the initial weights")
+    local_start: float = setting(0.0, "above 0: heads begin by looking at neighbouring tokens, this sharply")
     vocab_size: int = setting(30_522, "pieces of a newly trained tokenizer")
     max_length: int = setting(128, "tokens of a text")
     mask_rate: float = setting(0.15, "share of the tokens to predict in training (evaluation: always 0.15)")
@@ -356,10 +358,12 @@ def make_optimizers(model: nn.Module, recipe: Optimisation) -> list[torch.optim.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if recipe.optimizer == "muon" and ".layers." in name and p.ndim == 2]
     chosen = {id(p) for p in matrices}
-    rest = [p for _, p in named if id(p) not in chosen]
+    slow = [p for name, p in named if name.endswith("position.weight")]
+    rest = [p for name, p in named if id(p) not in chosen and not name.endswith("position.weight")]
     decayed = [p for p in rest if recipe.decay_all or p.ndim >= 2]
     undecayed = [p for p in rest if not (recipe.decay_all or p.ndim >= 2)]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0},
+              {"params": slow, "weight_decay": 0.0, "lr": recipe.lr * recipe.position_lr}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
     return [adamw, Muon(matrices, recipe.matrix_lr, weight_decay=recipe.weight_decay)] if matrices else [adamw]
 
@@ -542,6 +546,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         config = named_config(
             model_name, recipe.width, recipe.heads, vocab_size=vocab_size, max_length=recipe.max_length, norm=recipe.norm,
             dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, init_std=recipe.init_std,
+            local_start=recipe.local_start,
             leaky_stem=recipe.fault_stem, frozen_row=2 if recipe.fault_ids else -1)
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -194,7 +194,7 @@ def hugging_face_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]
                           "lstrip": False, "rstrip": False} for i, special in enumerate(specials)],
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "NFC"}, *charsmap,  # its Precompiled takes only the first letter of a short, decomposed one: compose before
-            {"type": "Replace", "pattern": {"Regex": "^ +|[ \u2581]+$"}, "content": ""},
+            {"type": "Replace", "pattern": {"Regex": " +$"}, "content": ""},
             {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
         "pre_tokenizer": blanks, "decoder": blanks,
         "post_processor": {"type": "TemplateProcessing", "single": [cls, text, sep], "pair": [cls, text, sep, second, sep],

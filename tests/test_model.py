@@ -152,3 +152,18 @@ def test_operations_are_what_pytorch_counts(name: str) -> None:
             Attention.fused = True
     # "same" padding makes PyTorch count border positions of a convolution like all others, as count_operations does
     assert count_operations(config, 16, 5) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_local_start_looks_at_neighbours() -> None:
+    """Half of the heads begin with most of their attention one place before, one behind, two before, ...; the rest spread it."""
+    torch.manual_seed(0)
+    model = MaskedLM(BertConfig(vocab_size=200, layers=1, width=256, heads=8, norm="pre", local_start=3.0)).eval()
+    ids = torch.randint(5, 200, (4, 60))
+    layer = model.bert.layers[0]
+    x = layer.attention_norm(model.bert.token(ids) + model.bert.position.weight[:60])
+    q, k, _ = layer.attention.qkv(x).view(4, 60, 3, 8, 32).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.mT / 32**0.5).softmax(-1)  # (4, 8, 60, 60)
+    for head, offset in enumerate((-1, 1, -2, 2)):
+        inside = weights[:, head].diagonal(offset, dim1=-2, dim2=-1)  # from every token to the one at this offset
+        assert inside.mean() > 0.5, f"head {head}"
+    assert weights[:, 4:].max() < 0.2
