@@ -95,9 +95,9 @@ class PretrainRecipe(Optimisation):
 PRESETS = {
     "paper": PretrainRecipe(),
     "quick": PretrainRecipe(
-        steps=2_000, like_length=True, optimizer="muon", lr=1e-2, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
-        decay_all=False, clip=1.0, warmup=0.05, dropout=0.0, attention_dropout=0.0, width=128, heads=1, norm="pre",
-        vocab_size=8_000, mask_rate=0.25),
+        steps=450, like_length=True, optimizer="muon", lr=1e-2, position_lr=0.05, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
+        decay_all=False, clip=1.0, warmup=0.05, dropout=0.0, attention_dropout=0.0, width=128, heads=4, norm="pre",
+        local_start=2.0, vocab_size=4_000, mask_rate=0.25),
     "smoke": PretrainRecipe(
         steps=6, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, warmup=0.2, dropout=0.0,
         attention_dropout=0.0, width=64, norm="pre", vocab_size=250, max_length=32),
@@ -607,15 +607,13 @@ def load_pretrained(folder: Path) -> tuple[BertConfig, dict[str, Tensor], Tokeni
 @torch.no_grad()
 def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
     """The likeliest pieces, with their probabilities, for every "[MASK]" of a text."""
-    config, weights, tokenizer = load_pretrained(folder)
-    model = MaskedLM(config).eval()
-    model.load_state_dict(weights)
+    model, tokenizer = load_masked_lm(folder)
     pieces = [tokenizer.pieces.encode(part) for part in text.split("[MASK]")]
     if len(pieces) < 2:
         raise InputError("--fill-mask: the text holds no [MASK]")
     ids = [2] + [i for n, part in enumerate(pieces) for i in ([MASK] if n else []) + part] + [3]
-    if len(ids) > config.max_length:
-        raise InputError(f"--fill-mask: {len(ids)} tokens, the model has {config.max_length} positions")
+    if len(ids) > model.config.max_length:
+        raise InputError(f"--fill-mask: {len(ids)} tokens, the model has {model.config.max_length} positions")
     input_ids = torch.tensor([ids])
     probabilities = model(input_ids, (input_ids[0] == MASK).nonzero().squeeze(1)).softmax(-1)
     return [[(tokenizer.pieces.id_to_piece(int(i)), float(p)) for p, i in zip(*row.topk(top))] for row in probabilities]
