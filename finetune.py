@@ -92,8 +92,6 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
     """Train a classifier on a task and test it after the last epoch; returns its run folder, which also holds the logits
     of the test rows. checkpoint: a pre-training run, or None for a start from scratch. A finished run is not trained again.
     """
-    if tables.task.train and recipe.pooling not in ("cls", "mean"):
-        raise InputError(f"--pooling {recipe.pooling}: there are cls and mean")
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
     settings = {"kind": "finetune", "checkpoint": checkpoint.name if checkpoint else None, "config": dataclasses.asdict(config),
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": tokenizer.hash, "task": tables.task.name,

@@ -121,8 +121,9 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
     given = {f.name: getattr(args, prefix + f.name) for f in dataclasses.fields(preset)
              if getattr(args, prefix + f.name) is not None}
     recipe = dataclasses.replace(preset, **given)
-    if recipe.optimizer not in ("adamw", "muon"):
-        raise InputError(f"--{prefix}optimizer {recipe.optimizer}: there are adamw and muon")
+    for name, known in (("optimizer", ("adamw", "muon")), ("norm", ("post", "pre")), ("pooling", ("cls", "mean"))):
+        if getattr(recipe, name, known[0]) not in known:
+            raise InputError(f"--{prefix}{name} {getattr(recipe, name)}: there are {' and '.join(known)}")
     for name in ("batch_size", "epochs"):
         if getattr(recipe, name) < 1:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must be at least 1")
@@ -130,7 +131,7 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
         try:
             named_config("bert-1", recipe.width, recipe.heads, norm=recipe.norm)
         except ValueError as error:
-            raise InputError(str(error)) from None
+            raise InputError(f"--width, --heads: {error}") from None
     if not 0 < getattr(recipe, "mask_rate", 0.15) <= 1 or not 8 <= getattr(recipe, "max_length", 128) <= 4096:
         raise InputError("--mask-rate must lie in (0, 1], --max-length in 8..4096")
     return recipe
