@@ -44,8 +44,8 @@ class FinetuneRecipe(Optimisation):
 PRESETS = {
     "paper": FinetuneRecipe(),
     "quick": FinetuneRecipe(
-        epochs=10, min_steps=150, like_length=True, optimizer="muon", lr=3e-3, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
-        decay_all=False, clip=1.0, warmup=0.1, attention_dropout=0.0),
+        epochs=5, min_steps=100, like_length=True, optimizer="muon", lr=3e-3, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
+        decay_all=False, clip=1.0, warmup=0.1, attention_dropout=0.0, pooling="mean"),
     "smoke": FinetuneRecipe(epochs=1, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, attention_dropout=0.0),
 }
 
