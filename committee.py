@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data import Corpus, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, accuracy, finetune, gap_sentence, mean_and_interval,
-                      points, run_accuracy, run_probabilities, twin_seed)
+from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference_sentence, finetune, gap_sentence, points,
+                      run_accuracy, run_probabilities, twin_seed, unit_values)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
-                      chosen_recipe, load_checkpoint, load_pretrained, load_settings, pretrain, read_json, result_record,
+                      chosen_recipe, load_checkpoint, load_pretrained, load_settings, number, pretrain, read_json, result_record,
                       settings_hash, write_json)
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
@@ -51,14 +51,14 @@ class SoftCommittee(nn.Module):
         return sum(group(input_ids).float().softmax(-1).sum(0) for group in self.groups) / self.size
 
 
-def votes(folders: Sequence[Path]) -> list[float]:
-    """Test accuracy of the first 1, 2, ... K members' soft vote."""
+def votes(folders: Sequence[Path]) -> list[np.ndarray]:
+    """Whether the soft vote of the first 1, 2, ... K members is right on each test row: K arrays (rows,) of 0 and 1."""
     total: Tensor | float = 0.0
     result = []
     for folder in folders:
         probabilities, labels = run_probabilities(folder)
         total = total + probabilities
-        result.append(accuracy(total, labels))
+        result.append((total.argmax(-1) == labels).double().numpy())
     return result
 
 
@@ -152,9 +152,9 @@ def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argpa
     deep = {kind: runs(trained.deep, kind == "pretrained") for kind in ("pretrained", "scratch")}
     shallow = {kind: [runs(group, kind == "pretrained") for group in trained.members] for kind in ("pretrained", "scratch")}
 
-    def committees(kind: str) -> list[list[float]]:
-        """Accuracies of 1, 2, ... K members, for every repeat and fine-tuning seed."""
-        return [votes([member[j] for member in group]) for group in shallow[kind] for j in range(args.seeds)]
+    def committees(kind: str) -> list[list[list[np.ndarray]]]:
+        """Right or wrong, by row, of 1, 2, ... K members: [repeat][fine-tuning seed][K]."""
+        return [[votes([member[j] for member in group]) for j in range(args.seeds)] for group in shallow[kind]]
 
     models: dict[str, dict[str, list[float]]] = {}
     for kind in ("pretrained", "scratch"):
@@ -162,10 +162,11 @@ def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argpa
             for checkpoint, unit in zip(checkpoints, folders):
                 models.setdefault(model_of[checkpoint], {}).setdefault(kind, []).extend(map(run_accuracy, unit))
     name = "+".join(args.member_model)
-    prefixes = {kind: committees(kind) for kind in ("pretrained", "scratch")}
+    right = {kind: committees(kind) for kind in ("pretrained", "scratch")}
+    prefixes = {kind: [[float(k.mean()) for k in seed] for repeat in right[kind] for seed in repeat] for kind in right}
 
     print(f"\n{task.name}: {len(task.classes)} classes, {len(task.train) // len(task.classes)} training rows each, "
-          f"{len(task.test)} test rows; accuracy in %" + (" (± 95 % t-interval over runs)" if args.seeds * args.repeats > 1 else ""))
+          f"{len(task.test)} test rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\nor over fine-tuning seeds where there is one pre-training seed)")
     print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
 
     def row(label: str, pretrained: Sequence[float], scratch: Sequence[float], note: str = "") -> None:
@@ -174,10 +175,13 @@ def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argpa
 
     deep_mean = float(np.mean(models[args.deep]["pretrained"]))
     for model, values in models.items():
-        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), values["pretrained"], values["scratch"])
+        units = [unit_values([x[i : i + args.seeds] for i in range(0, len(x), args.seeds)]) for x in values.values()]
+        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), *units)
     for k in range(2, args.members + 1):
-        values = [[c[k - 1] for c in prefixes[kind]] for kind in ("pretrained", "scratch")]
-        row(f"committee of {k} {name}", *values, f"{100 * np.mean(values[0]) / deep_mean:.1f} % of {args.deep}")
+        units = [unit_values([[float(seed[k - 1].mean()) for seed in repeat] for repeat in right[kind]]) for kind in right]
+        row(f"committee of {k} {name}", *units, f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}")
+    deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
+    print(difference_sentence(f"committee of {args.members} against {args.deep}:", [[c[-1] for c in r] for r in right["pretrained"]], deep_right))
     print(gap_sentence(args.deep, deep["pretrained"], deep["scratch"]))
     print(gap_sentence(name, *([unit for group in shallow[kind] for unit in group] for kind in ("pretrained", "scratch"))))
     converged = {kind: max(read_json(f / "results.json")["train_loss"] for unit in units for f in unit) for kind, units in
@@ -186,10 +190,12 @@ def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argpa
     print(f"largest last training loss: pre-trained {converged['pretrained']:.3f}, from scratch {converged['scratch']:.3f}")
 
     classifiers = [load_classifier(unit[0]).to(hardware.device) for unit in shallow["pretrained"][0]]
-    contenders = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device), "member": classifiers[0],
+    slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
+    contenders = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device), "member": slowest,
                   f"committee-{args.members}": SoftCommittee(classifiers)}
     latency = measure_latency(contenders, tables, hardware)
-    return {"models": models, "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
+    tokens = int(np.median(tables.test.lengths))
+    return {"models": models, "tokens": tokens, "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
             "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
             "train_loss": converged}, latency
 
@@ -197,13 +203,13 @@ def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argpa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("who votes")
-    group.add_argument("--members", type=int, metavar="K", help="members of the committee (default: quick 4, paper 6)")
+    group.add_argument("--members", type=number(1), metavar="K", help="members of the committee (default: quick 4, paper 6)")
     group.add_argument("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="MODEL",
                        help=f"of the members, taken in turn if several (default bert-1); one of {', '.join(MODELS)}")
     group.add_argument("--deep", choices=tuple(MODELS), default="bert-6", help="the model to reach (default %(default)s)")
-    group.add_argument("--deep-steps", type=int, default=0, metavar="N", help="pre-training steps of the deep model, if others")
-    group.add_argument("--seeds", type=int, default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
-    group.add_argument("--repeats", type=int, default=1, metavar="N",
+    group.add_argument("--deep-steps", type=number(0), default=0, metavar="N", help="pre-training steps of the deep model, if others")
+    group.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
+    group.add_argument("--repeats", type=number(1), default=1, metavar="N",
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
     add_run_flags(parser)
     add_source_flags(parser)
@@ -211,6 +217,8 @@ def main() -> None:
     add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning (values of the presets in brackets)", prefix="ft-")
     args = parser.parse_args()
     args.members = args.members or MEMBERS[args.preset]
+    if args.deep in args.member_model:
+        raise InputError(f"--deep {args.deep}: is a member too; name another model")
     started = time.perf_counter()
     recipe, finetune_recipe = chosen_recipe(args, PRETRAIN_PRESETS), chosen_recipe(args, FINETUNE_PRESETS, "ft-")
     hardware = choose_hardware(args.device, args.dtype)
@@ -222,17 +230,17 @@ def main() -> None:
 
     latency = results[tasks[0].name][1]
     members = [load_settings(c, "pretrain") for c in trained.members[0]]
-    tokens = int(np.median(corpus.train.lengths))
-    prices = {args.deep: price(load_pretrained(trained.deep[0])[0], tokens, len(tasks[0].classes)),
-              "member": price(BertConfig(**members[0]["config"]), tokens, len(tasks[0].classes))}
+    tokens = results[tasks[0].name][0]["tokens"]
     all_members = [price(BertConfig(**m["config"]), tokens, len(tasks[0].classes)) for m in members]
+    prices = {args.deep: price(load_pretrained(trained.deep[0])[0], tokens, len(tasks[0].classes)),
+              "member": max(all_members, key=lambda p: p["operations"])}
     prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
     print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}{'M operations':>14}")
     for model, t in latency.items():
         spread = f"{t['p10']:.2f}-{t['p90']:.2f}"
         print(f"{model:34}{t['median']:10.2f}{spread:>16}{t['texts_per_s']:13.0f}{prices[model]['parameters'] / 1e6:14.2f}"
               f"{prices[model]['operations'] / 1e6:14.1f}")
-    print(f"(member: the committee's critical path with a device for each; operations: for {tokens} tokens)")
+    print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
     seconds = time.perf_counter() - started
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "raw_dir")}
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in

@@ -668,7 +668,7 @@ def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -
         pool = read_articles(args.articles)
     elif args.wiki:
         wanted = args.articles_count or 20_000
-        pool = wikimedia_articles(args.wiki, wanted + wanted // 50 + 1_000, args.raw_dir)
+        pool = wikimedia_articles(args.wiki, wanted + wanted // 50 + 1_100, args.raw_dir)
     else:
         pool = [Article(x["title"], x["extract"]) for x in vital_extracts(args.raw_dir)]
     forbidden = {text_key(text, 90) for task in tasks if task.name == "topics" for text, _ in task.test}
@@ -679,8 +679,9 @@ def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -
         if key and key not in forbidden and article.title.casefold() not in titles:
             distinct.setdefault(key, article)
     pool = list(distinct.values())
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(pool))
-    held_out = min(1_000, len(pool) // 20)
+    # from a wiki the articles come in a random order already, of which a smaller count sees the beginning
+    order = np.arange(len(pool)) if args.wiki and not args.articles else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
+    held_out = 1_000 if args.wiki and not args.articles else min(1_000, len(pool) // 20)
     count = args.articles_count or (20_000 if args.wiki else len(pool) - held_out)
     if count > len(pool) - held_out or not held_out:
         raise InputError(f"--articles-count {count}: there are {len(pool)} distinct articles, "
@@ -1120,6 +1121,8 @@ def shared_ngrams(articles: Sequence[Article], rows: Rows, n: int = 10) -> tuple
 
 def report_overlap(args: argparse.Namespace) -> None:
     """`data.py overlap`: coverage and shared 10-grams of the chosen articles; with --select, write an arm of them."""
+    if args.out and len(args.task or ()) + bool(args.task_file) > 1:
+        raise InputError("--out holds the arm of one task: name one with --task")
     for task in load_tasks(args):
         articles, _ = pretraining_articles(args, [task])
         corpus = load_corpus(args, [task], args.vocab_size, args.max_length)

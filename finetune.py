@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch import Tensor
 from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
-                      choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained, load_settings,
+                      choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained, load_settings, number,
                       maybe_compile, read_json, result_record, setting, settings_hash, train, write_json)
 from tokenizer import Tokenizer
 
@@ -93,7 +94,9 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
     of the test rows. checkpoint: a pre-training run, or None for a start from scratch. A finished run is not trained again.
     """
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
-    settings = {"kind": "finetune", "checkpoint": checkpoint.name if checkpoint else None, "config": dataclasses.asdict(config),
+    start = load_checkpoint(checkpoint) if checkpoint else None
+    origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint else None
+    settings = {"kind": "finetune", "checkpoint": origin, "dtype": str(hardware.dtype), "config": dataclasses.asdict(config),
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": tokenizer.hash, "task": tables.task.name,
                 "classes": tables.task.classes, "rows": tables.hash}
     name = checkpoint.name if checkpoint else f"scratch-{label}"
@@ -103,9 +106,8 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             return folder
         torch.manual_seed(seed)
         model = Classifier(config, len(tables.task.classes))
-        if checkpoint:
-            weights = load_checkpoint(checkpoint)["model"]
-            model.bert.load_state_dict({k.removeprefix("bert."): v for k, v in weights.items() if k.startswith("bert.")})
+        if start:
+            model.bert.load_state_dict({k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")})
         model.to(hardware.device)
         forward = maybe_compile(model, compiled)
         batches = Batches(tables.train.lengths, recipe, seed)
@@ -129,7 +131,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
                       label=f"{tables.task.name}: {'fine-tune ' + name if checkpoint else 'from scratch ' + label} {seed}")
         logits = predict_logits(model, tables.test, hardware)
         with write_atomically(folder / "logits.npz") as file:
-            np.savez_compressed(file, logits=logits.half().numpy(), labels=tables.test_labels.cpu().numpy())
+            np.savez_compressed(file, logits=logits.numpy(), labels=tables.test_labels.cpu().numpy())
         result = accuracy(logits, tables.test_labels)
         kind = "pretrained" if checkpoint else "scratch"
         model_name = read_json(checkpoint / "config.json")["model"] if checkpoint else label
@@ -167,32 +169,41 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return mean, math.nan
-    return mean, (T_975[n - 2] if n - 2 < len(T_975) else 1.96) * float(np.std(values, ddof=1)) / math.sqrt(n)
+    return mean, (T_975[n - 2] if n - 2 < len(T_975) else 2.08) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def gap_sentence(what: str, pretrained: Sequence[Sequence[Path]], scratch: Sequence[Sequence[Path]]) -> str:
-    """One honest sentence on the gap between pre-trained runs and their twins from scratch.
+def difference_sentence(what: str, first: Sequence[Sequence[np.ndarray]], second: Sequence[Sequence[np.ndarray]]) -> str:
+    """One honest sentence on the difference of two accuracies.
 
-    pretrained, scratch: the fine-tuned runs of each pre-training seed, pair by pair. The interval is a t-interval over
-    pre-training seeds; over fine-tuning seeds, if there is one pre-training seed; over test rows (bootstrap), if there is
-    one pair alone.
+    first, second: right (1) or wrong (0) on each test row, (rows,), of [pre-training seed][fine-tuning seed], pair by pair. The
+    interval is a t-interval over pre-training seeds; over fine-tuning seeds, if there is one pre-training seed; over test
+    rows (bootstrap), if there is one pair alone.
     """
-    def correct(folder: Path) -> np.ndarray:
-        probabilities, labels = run_probabilities(folder)
-        return (probabilities.argmax(-1) == labels).double().numpy()
-
-    differences = [[correct(a) - correct(b) for a, b in zip(*pair)] for pair in zip(pretrained, scratch)]  # each (rows,)
-    gaps = [[float(d.mean()) for d in unit] for unit in differences]
-    values = [float(np.mean(unit)) for unit in gaps] if len(gaps) > 1 else gaps[0]
+    differences = [[a - b for a, b in zip(*pair)] for pair in zip(first, second)]  # each (rows,)
+    values = unit_values([[float(d.mean()) for d in unit] for unit in differences])
     mean, half = mean_and_interval(values)
     low, high = mean - half, mean + half
-    how = f"95 % t-interval over {len(values)} {'pre-training' if len(gaps) > 1 else 'fine-tuning'} seeds"
+    how = f"95 % t-interval over {len(values)} {'pre-training' if len(differences) > 1 else 'fine-tuning'} seeds"
     if len(values) == 1:
         rows = np.random.default_rng(0).integers(0, len(differences[0][0]), (2_000, len(differences[0][0])))
         low, high = np.percentile(differences[0][0][rows].mean(1), [2.5, 97.5])
         how = "95 % bootstrap interval over test rows; one seed"
     verdict = "" if low > 0 or high < 0 else ": not distinguishable from 0"
-    return f"{what}: pre-training gives {100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} ({how}){verdict}"
+    return f"{what} {100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} ({how}){verdict}"
+
+
+def gap_sentence(what: str, pretrained: Sequence[Sequence[Path]], scratch: Sequence[Sequence[Path]]) -> str:
+    """The gap between the fine-tuned runs of [pre-training seed][fine-tuning seed] and their twins from scratch."""
+    def right(folder: Path) -> np.ndarray:
+        probabilities, labels = run_probabilities(folder)
+        return (probabilities.argmax(-1) == labels).double().numpy()
+
+    return difference_sentence(f"{what}: pre-training gives", *([[right(f) for f in unit] for unit in side] for side in (pretrained, scratch)))
+
+
+def unit_values(units: Sequence[Sequence[float]]) -> list[float]:
+    """What an interval is taken over: the means of the pre-training seeds, or the fine-tuning seeds of a single one."""
+    return [float(np.mean(unit)) for unit in units] if len(units) > 1 else list(units[0])
 
 
 def points(values: Sequence[float]) -> str:
@@ -239,7 +250,7 @@ def main() -> None:
     parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="also train the twin from scratch")
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
     parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
+    parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
     parser.add_argument("--predict", metavar="TEXT", help="classify this text with RUN")
     parser.add_argument("--predict-file", type=Path, metavar="FILE", help="classify every line of FILE with RUN; JSON lines out")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write RUN as a Hugging Face model folder DIR")
@@ -273,13 +284,20 @@ def main() -> None:
     tasks = load_tasks(args)
     starts: dict[str, list[Path | None]] = {}  # model -> pre-training runs, which differ in their seeds
     for checkpoint in args.checkpoint:
-        starts.setdefault(load_settings(checkpoint, "pretrain")["model"], []).append(checkpoint)
+        settings = load_settings(checkpoint, "pretrain")  # runs that differ in their seeds alone are one row of the table
+        label = f"{settings['model']}-{settings_hash({k: v for k, v in settings.items() if k != 'seed'})[:4]}"
+        starts.setdefault(label, []).append(checkpoint)
     if not starts:
         preset = PRETRAIN_PRESETS[args.preset]
         tokenizer = load_corpus(args, tasks, preset.vocab_size, preset.max_length).tokenizer
-        config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads, max_length=preset.max_length,
-                              norm=preset.norm, vocab_size=tokenizer.vocab_size)
+        try:
+            config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads, vocab_size=tokenizer.vocab_size,
+                                  max_length=preset.max_length, norm=preset.norm)
+        except ValueError as error:
+            raise InputError(f"--width: {error}") from None
         starts[args.model] = [None]
+    record: dict[str, dict] = {}
+    started = time.perf_counter()
     for task in tasks:
         for label, checkpoints in starts.items():
             runs: dict[str, list[list[Path]]] = {}
@@ -292,12 +310,18 @@ def main() -> None:
                         finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir, hardware,
                                  fresh=args.fresh, compiled=args.compile, label=label) for j in range(args.seeds)])
             for kind, units in runs.items():
-                folders = [folder for unit in units for folder in unit]
-                losses = [read_json(f / "results.json")["train_loss"] for f in folders]
-                print(f"{task.name} {label} {kind}: accuracy {points([run_accuracy(f) for f in folders])} %, "
-                      f"last training loss {np.mean(losses):.3f}; {folders[-1]}")
+                losses = [read_json(f / "results.json")["train_loss"] for unit in units for f in unit]
+                values = [list(map(run_accuracy, unit)) for unit in units]
+                record.setdefault(task.name, {"models": {}, "committee": {}})["models"].setdefault(label, {})[
+                    "pretrained" if kind == "pre-trained" else "scratch"] = [x for unit in values for x in unit]
+                print(f"{task.name} {label} {kind}: accuracy {points(unit_values(values))} %, "
+                      f"last training loss {np.mean(losses):.3f}; {units[-1][-1]}")
             if len(runs) == 2:
                 print(gap_sentence(f"{task.name} {label}", *runs.values()))
+    settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir")}
+    path = args.runs_dir / "finetune" / f"table-{settings_hash(settings)}.json"
+    write_json(path, result_record(settings, time.perf_counter() - started, tasks=record, latency_ms={}, hardware=hardware.reason))
+    print(f"{path} written")
 
 
 if __name__ == "__main__":

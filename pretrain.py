@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,8 @@ class Optimisation:
     epochs: int = setting(50, "passes over the training texts")
     steps: int = setting(0, "optimizer steps; 0: as many as --epochs make")
     batch_size: int = setting(32, "texts a step")
-    micro_batch: int = setting(0, "texts at once, if a whole batch does not fit the memory (0: the batch); same gradient")
+    micro_batch: int = setting(0, "texts at once, if a whole batch does not fit the memory (0: the batch); the same gradient, but for "
+                               "dropout and a stem's batch statistics")
     like_length: bool = setting(False, "texts of like length share a batch: less padding, but batches are less random")
     optimizer: str = setting("adamw", "adamw, or muon: Muon for the layers' matrices and AdamW for the rest")
     lr: float = setting(5e-5, "peak learning rate of AdamW")
@@ -123,17 +125,28 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
     for name, known in (("optimizer", ("adamw", "muon")), ("norm", ("post", "pre")), ("pooling", ("cls", "mean"))):
         if getattr(recipe, name, known[0]) not in known:
             raise InputError(f"--{prefix}{name} {getattr(recipe, name)}: there are {' and '.join(known)}")
-    for name in ("batch_size", "epochs"):
-        if getattr(recipe, name) < 1:
-            raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must be at least 1")
+    bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
+              "lr": (0, 1e3), "matrix_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3), "clip": (0, 1e9), "heads": (0, 1024),
+              "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
+              "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100)}
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(recipe, name, low) <= high:
+            raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
     if isinstance(recipe, PretrainRecipe):
         try:
             named_config("bert-1", recipe.width, recipe.heads, norm=recipe.norm)
         except ValueError as error:
             raise InputError(f"--width, --heads: {error}") from None
-    if not 0 < getattr(recipe, "mask_rate", 0.15) <= 1 or not 8 <= getattr(recipe, "max_length", 128) <= 4096:
-        raise InputError("--mask-rate must lie in (0, 1], --max-length in 8..4096")
     return recipe
+
+
+def number(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, `least` or more."""
+    def parse(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        return int(text)
+    return parse
 
 
 # --------------------------------------------------------------------------------------------------- hardware
@@ -208,7 +221,7 @@ def result_record(settings: dict, seconds: float, **more) -> dict:
         found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
         git = found.stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    command = " ".join(["python", Path(sys.argv[0]).name, *(f"'{a}'" if set(a) & set(" *?[]") else a for a in sys.argv[1:])])
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     return {"command": command, "machine": machine, "versions": versions, "git": git, "seconds": round(seconds, 1),
             "settings": settings, **more}
 
@@ -230,7 +243,7 @@ class Run:
         self.lock = file_lock(self.folder / "lock", wait=False)
         self.lock.__enter__()
         if self.fresh:
-            for name in ("config.json", "log.jsonl", "last.pt", "results.json", "logits.npz"):
+            for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
                 (self.folder / name).unlink(missing_ok=True)
         if (self.folder / "config.json").exists():
             before = read_json(self.folder / "config.json")
@@ -363,7 +376,7 @@ def make_optimizers(model: nn.Module, recipe: Optimisation) -> list[torch.optim.
     decayed = [p for p in rest if recipe.decay_all or p.ndim >= 2]
     undecayed = [p for p in rest if not (recipe.decay_all or p.ndim >= 2)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0},
-              {"params": slow, "weight_decay": 0.0, "lr": recipe.lr * recipe.position_lr}]
+              {"params": slow, "weight_decay": recipe.weight_decay, "lr": recipe.lr * recipe.position_lr}]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
     return [adamw, Muon(matrices, recipe.matrix_lr, weight_decay=recipe.weight_decay)] if matrices else [adamw]
 
@@ -411,7 +424,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
     state = run.resume(model, optimizers)
     step, tokens, seconds, record = state["step"], state.get("tokens", 0), state.get("seconds", 0.0), state.get("record", {})
     tail_loss, tail_steps = state.get("tail", [0.0, 0])
-    if "scaler" in state and scaler.is_enabled():
+    if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     losses = list(state["losses"].to(hardware.device)) if "losses" in state else []  # since the last line of the log
     log_every = max(1, steps // 100)
@@ -422,13 +435,16 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
     model.train()
 
     def save() -> None:
+        if losses and not torch.stack(losses).isfinite().all():
+            return  # the last good checkpoint stays; the next line of the log stops the run
         run.save(step, model, optimizers, tokens=tokens, seconds=time.perf_counter() - started, record=record,
                  tail=[tail_loss, tail_steps], scaler=scaler.state_dict(), **({"losses": torch.stack(losses)} if losses else {}))
 
     with stop_signals() as stop, tqdm(total=steps, initial=step, desc=label, unit="step", mininterval=1.0,
                                       dynamic_ncols=True, leave=False) as bar:
         while step < steps:
-            torch.manual_seed((seed << 32) + step)
+            # through a hash, because PyTorch's CPU generator keeps the low 32 bits of a seed alone
+            torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
             factor = schedule(recipe, step, steps, steps_per_epoch)
             for optimizer, rates in zip(optimizers, peaks):
                 for group, rate in zip(optimizer.param_groups, rates):
@@ -437,7 +453,10 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
             if recipe.clip:
                 for optimizer in optimizers:
                     scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+                if scaler.is_enabled() and not norm.isfinite():  # the optimizers look for overflow each on their own
+                    for p in model.parameters():
+                        p.grad = None if p.grad is None else torch.zeros_like(p.grad)
             for optimizer in optimizers:
                 scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
@@ -469,7 +488,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                 save()
                 saved = time.perf_counter()
             if stop:
-                print(f"stopped at step {step} of {steps}; the same command goes on from there", file=sys.stderr)
+                print(f"stopped at step {step} of {steps}; the same command (without --fresh) goes on from there", file=sys.stderr)
                 sys.exit(128 + stop[0])
     seconds = time.perf_counter() - started
     run.save(step, model, [], tokens=tokens, seconds=seconds, record=record, tail=[tail_loss, tail_steps])
@@ -551,7 +570,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
     except ValueError as error:
         raise InputError(str(error)) from None
     settings = {"kind": "pretrain", "model": model_name, "config": dataclasses.asdict(config),
-                "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": corpus.tokenizer.hash,
+                "recipe": dataclasses.asdict(recipe), "seed": seed, "dtype": str(hardware.dtype), "tokenizer": corpus.tokenizer.hash,
                 "articles": corpus.train.meta["texts_sha256"], "held_out": corpus.held_out.meta["texts_sha256"]}
     folder = runs_dir / "pretrain" / (name or f"{model_name}-seed{seed}-{settings_hash(settings)}")
     with Run(folder, settings, corpus.tokenizer, fresh) as run:
@@ -702,7 +721,7 @@ def import_checkpoint(checkpoint: Path, tokenizer_file: Path | None, runs_dir: P
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="architecture (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of initialisation, article order, masks and dropout")
+    parser.add_argument("--seed", type=number(0), default=0, help="of initialisation, article order, masks and dropout")
     parser.add_argument("--name", default="", help="of the run folder (default: made from the settings)")
     parser.add_argument("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what a trained run puts in place of [MASK]")
     parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN as a Hugging Face folder DIR")

@@ -91,6 +91,15 @@ def test_subsets_are_nested_and_share_their_held_out_articles(tmp_path: Path) ->
         pretraining_articles(arguments(articles=pattern, articles_count=500))
 
 
+def test_wiki_subsets_are_nested_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wiki gives the first `count` of one random order; whatever is asked for, the same 1,000 articles are held out."""
+    everything = [data.Article(str(i), f"text number {i} of the wiki") for i in range(9_000)]
+    monkeypatch.setattr(data, "wikimedia_articles", lambda wiki, count, raw_dir: everything[:count])
+    small, held_small = pretraining_articles(arguments(wiki="simplewiki", articles_count=500))
+    large, held_large = pretraining_articles(arguments(wiki="simplewiki", articles_count=4_000))
+    assert large[:500] == small and held_small == held_large and len(held_small) == 1_000 and len(large) == 4_000
+
+
 def test_test_extracts_of_topics_are_not_in_the_pretraining_text(tmp_path: Path) -> None:
     """By text and by title, whether the articles are the default's own or come from other files."""
     write_vital(tmp_path)

@@ -64,7 +64,7 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     assert re.search(r"\S+ 0\.\d{3}  ", run("pretrain.py", "--fill-mask", "the [MASK] of france", folder))
     out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", material / "test.csv",
               "--seeds", "2", "--epochs", "2")
-    assert re.search(r"train bert-1 pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
+    assert re.search(r"train bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
     run_folder = next((material / "runs/finetune").glob("train-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
     assert answer["label"] in ("brazil", "france", "japan") and sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
@@ -92,7 +92,7 @@ def test_committee_script(material: Path) -> None:
         assert {k: len(v["pretrained"]) for k, v in part["models"].items()} == {"bert-6": 2, "bert-1": 2, "bert-1-conv2": 2}
         assert [len(c) for c in part["committee"]["bert-1+bert-1-conv2"]] == [2, 2]
         members = [part["models"][m]["pretrained"][0] for m in ("bert-1",)]
-        assert part["committee"]["bert-1+bert-1-conv2"][0][0] == members[0]
+        assert part["committee"]["bert-1+bert-1-conv2"][0][0] == pytest.approx(members[0])
     assert {"p10", "median", "p90"} <= set(record["latency_ms"]["committee-2"])
     stamps = {p: p.stat().st_mtime_ns for p in (material / "runs").rglob("last.pt")}
     again = run(*command)
@@ -124,6 +124,9 @@ def test_data_script(material: Path) -> None:
     (["pretrain.py", "--articles", "ARTICLES", "--device", "cuda"], "--device cpu"),
     (["finetune.py", "--checkpoint", "nowhere", "--task-file", "TRAIN"], "is this a run folder"),
     (["finetune.py", "--predict", "x"], "--predict needs"),
+    (["pretrain.py", "--articles", "ARTICLES", "--micro-batch", "-1"], "--micro-batch -1: must lie in"),
+    (["committee.py", "--articles", "ARTICLES", "--deep", "bert-1"], "is a member too"),
+    (["finetune.py", "--task-file", "TRAIN", "--articles", "ARTICLES", "--width", "100", "--preset", "smoke"], "--width: width 100"),
     (["finetune.py", "--task-file", "ARTICLES", "--articles", "ARTICLES"], "line 1"),
     (["committee.py", "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW"], "--min-class-size"),
     (["data.py", "fetch", "--task", "fewrel", "--raw-dir", "EMPTY"], "train_wiki.json"),

@@ -60,6 +60,22 @@ def test_masking_is_berts_statistically() -> None:
     assert torch.equal(masked, again) and not torch.equal(masked, other)
 
 
+def test_every_seed_and_step_has_its_own_masks(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's CPU generator keeps the low 32 bits of a seed: seeds must not differ in the high ones alone."""
+    draws = []
+    original = pretraining.mask_tokens
+
+    def spy(*args, **kwargs):
+        if not kwargs.get("generator"):
+            draws.append(torch.rand(4).tolist())
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(pretraining, "mask_tokens", spy)
+    for seed in (0, 1, 2):
+        pretrain("bert-1", dataclasses.replace(PRESETS["smoke"], max_length=32, steps=3), corpus, seed, tmp_path, CPU)
+    assert len(draws) == 9 and len({tuple(d) for d in draws}) == 9
+
+
 def test_the_authors_fault_inserts_special_tokens() -> None:
     ids = torch.full((200, 100), 7)
     for fault in (False, True):
