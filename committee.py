@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference_sentence, finetune, gap_sentence, points,
-                      run_accuracy, run_probabilities, twin_seed, unit_values)
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference_sentence, finetune, gap_sentence,
+                      load_classifier, points, run_accuracy, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, load_checkpoint, load_pretrained, load_settings, number, pretrain, read_json, result_record,
@@ -51,26 +51,7 @@ class SoftCommittee(nn.Module):
         return sum(group(input_ids).float().softmax(-1).sum(0) for group in self.groups) / self.size
 
 
-def votes(folders: Sequence[Path]) -> list[np.ndarray]:
-    """Whether the soft vote of the first 1, 2, ... K members is right on each test row: K arrays (rows,) of 0 and 1."""
-    total: Tensor | float = 0.0
-    result = []
-    for folder in folders:
-        probabilities, labels = run_probabilities(folder)
-        total = total + probabilities
-        result.append((total.argmax(-1) == labels).double().numpy())
-    return result
-
-
 # ------------------------------------------------------------------------------------------------------- timing
-def load_classifier(folder: Path) -> Classifier:
-    """The classifier of a finished fine-tuning run, ready to be used, on the CPU."""
-    settings = load_settings(folder, "finetune")
-    model = Classifier(BertConfig(**settings["config"]), len(settings["classes"])).eval()
-    model.load_state_dict(load_checkpoint(folder)["model"])
-    return model
-
-
 @torch.no_grad()
 def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: Hardware, texts: int = 60) -> dict[str, dict[str, float]]:
     """Milliseconds to classify one real test text, and texts a second in batches of 64, of each model.

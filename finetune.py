@@ -159,6 +159,17 @@ def run_probabilities(folder: Path) -> tuple[Tensor, Tensor]:
         raise InputError(f"{folder / 'logits.npz'}: cannot be read ({error}); delete that run folder, it is made again") from None
 
 
+def votes(folders: Sequence[Path]) -> list[np.ndarray]:
+    """Whether the soft vote of the first 1, 2, ... K runs is right on each test row: K arrays (rows,) of 0 and 1."""
+    total: Tensor | float = 0.0
+    result = []
+    for folder in folders:
+        probabilities, labels = run_probabilities(folder)
+        total = total + probabilities
+        result.append((total.argmax(-1) == labels).double().numpy())
+    return result
+
+
 # ------------------------------------------------------------------------------------------- means and intervals
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
          2.110, 2.101, 2.093, 2.086)  # Student's t, 97.5 %, for 1 to 20 degrees of freedom
@@ -194,11 +205,8 @@ def difference_sentence(what: str, first: Sequence[Sequence[np.ndarray]], second
 
 def gap_sentence(what: str, pretrained: Sequence[Sequence[Path]], scratch: Sequence[Sequence[Path]]) -> str:
     """The gap between the fine-tuned runs of [pre-training seed][fine-tuning seed] and their twins from scratch."""
-    def right(folder: Path) -> np.ndarray:
-        probabilities, labels = run_probabilities(folder)
-        return (probabilities.argmax(-1) == labels).double().numpy()
-
-    return difference_sentence(f"{what}: pre-training gives", *([[right(f) for f in unit] for unit in side] for side in (pretrained, scratch)))
+    return difference_sentence(f"{what}: pre-training gives",
+                               *([[votes([f])[0] for f in unit] for unit in side] for side in (pretrained, scratch)))
 
 
 def unit_values(units: Sequence[Sequence[float]]) -> list[float]:
@@ -213,22 +221,26 @@ def points(values: Sequence[float]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- prediction
+def load_classifier(folder: Path) -> Classifier:
+    """The classifier of a finished fine-tuning run, ready to be used, on the CPU."""
+    settings = load_settings(folder, "finetune")
+    model = Classifier(BertConfig(**settings["config"]), len(settings["classes"])).eval()
+    model.load_state_dict(load_checkpoint(folder)["model"])
+    return model
+
+
 class Predictor:
     """A finished fine-tuning run at work on texts of its user."""
 
     def __init__(self, folder: Path, hardware: Hardware) -> None:
-        settings = load_settings(folder, "finetune")
-        self.classes, self.hardware = settings["classes"], hardware
+        self.classes, self.hardware = load_settings(folder, "finetune")["classes"], hardware
         self.tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        self.config = BertConfig(**settings["config"])
-        self.model = Classifier(self.config, len(self.classes)).eval()
-        self.model.load_state_dict(load_checkpoint(folder)["model"])
-        self.model.to(hardware.device)
+        self.model = load_classifier(folder).to(hardware.device)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, float]]:
         """Class name -> probability, likeliest first, for every text."""
-        ids = self.tokenizer.encode(texts, self.config.max_length)
+        ids = self.tokenizer.encode(texts, self.model.config.max_length)
         result = []
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
