@@ -27,7 +27,7 @@ from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, d
                       load_classifier, points, run_accuracy, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
-                      chosen_recipe, load_checkpoint, load_pretrained, load_settings, number, pretrain, read_json, result_record,
+                      chosen_recipe, load_pretrained, load_settings, number, pretrain, read_json, result_record,
                       settings_hash, write_json)
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing

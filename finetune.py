@@ -45,8 +45,8 @@ class FinetuneRecipe(Optimisation):
 PRESETS = {
     "paper": FinetuneRecipe(),
     "quick": FinetuneRecipe(
-        epochs=5, min_steps=100, like_length=True, optimizer="muon", lr=3e-3, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
-        decay_all=False, clip=1.0, warmup=0.1, attention_dropout=0.0, pooling="mean"),
+        epochs=5, min_steps=100, like_length=True, optimizer="muon", lr=3e-3, token_lr=0.3, position_lr=0.1, matrix_lr=0.02,
+        beta2=0.98, weight_decay=0.0, decay_all=False, clip=1.0, warmup=0.1, attention_dropout=0.0, pooling="mean"),
     "smoke": FinetuneRecipe(epochs=1, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, attention_dropout=0.0),
 }
 
@@ -91,8 +91,11 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, tables: TaskTables, recipe: FinetuneRecipe,
              seed: int, runs_dir: Path, hardware: Hardware, *, fresh: bool = False, compiled: bool = False, label: str = "") -> Path:
     """Train a classifier on a task and test it after the last epoch; returns its run folder, which also holds the logits
-    of the test rows. checkpoint: a pre-training run, or None for a start from scratch. A finished run is not trained again.
+    of the test rows. checkpoint: a pre-training run, or None for a start from scratch, whose tables are random numbers and learn
+    at the full rate (recipe.token_lr and position_lr spare what is worth sparing). A finished run is not trained again.
     """
+    if checkpoint is None:
+        recipe = dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
     start = load_checkpoint(checkpoint) if checkpoint else None
     origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint else None

@@ -65,6 +65,7 @@ class Optimisation:
     like_length: bool = setting(False, "texts of like length share a batch: less padding, but batches are less random")
     optimizer: str = setting("adamw", "adamw, or muon: Muon for the layers' matrices and AdamW for the rest")
     lr: float = setting(5e-5, "peak learning rate of AdamW")
+    token_lr: float = setting(1.0, "the token embeddings' learning rate, relative to --lr")
     position_lr: float = setting(1.0, "the position table's learning rate, relative to --lr")
     matrix_lr: float = setting(0.02, "peak learning rate of Muon")
     beta2: float = setting(0.999, "AdamW's second decay rate")
@@ -86,6 +87,7 @@ class PretrainRecipe(Optimisation):
     norm: str = setting("post", "LayerNorm post (BERT) or pre (inside the residual branch)")
     init_std: float = setting(0.02, "standard deviation of the initial weights")
     local_start: float = setting(0.0, "above 0: heads begin by looking at neighbouring tokens, this sharply")
+    count_start: float = setting(0.0, "above 0: token embeddings begin as what counting pairs of tokens tells, this large (standard deviation)")
     vocab_size: int = setting(30_522, "pieces of a newly trained tokenizer")
     max_length: int = setting(128, "tokens of a text")
     mask_rate: float = setting(0.15, "share of the tokens to predict in training (evaluation: always 0.15)")
@@ -97,8 +99,9 @@ class PretrainRecipe(Optimisation):
 PRESETS = {
     "paper": PretrainRecipe(),
     "quick": PretrainRecipe(
-        steps=400, like_length=True, optimizer="muon", lr=1e-2, matrix_lr=0.02, beta2=0.98, weight_decay=0.0, decay_all=False,
-        clip=1.0, warmup=0.05, dropout=0.0, attention_dropout=0.0, width=128, heads=1, norm="pre", vocab_size=4_000, mask_rate=0.25),
+        steps=400, like_length=True, optimizer="muon", lr=1e-2, position_lr=0.05, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
+        decay_all=False, clip=1.0, warmup=0.05, dropout=0.0, attention_dropout=0.0, width=128, heads=4, norm="pre", local_start=2.0,
+        count_start=0.1, vocab_size=4_000, mask_rate=0.25),
     "smoke": PretrainRecipe(
         steps=6, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, warmup=0.2, dropout=0.0,
         attention_dropout=0.0, width=64, norm="pre", vocab_size=250, max_length=32),
@@ -128,7 +131,7 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
               "lr": (0, 1e3), "matrix_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3), "clip": (0, 1e9), "heads": (0, 1024),
               "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
-              "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100)}
+              "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10), "token_lr": (0, 1e3)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
@@ -371,12 +374,12 @@ def make_optimizers(model: nn.Module, recipe: Optimisation) -> list[torch.optim.
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if recipe.optimizer == "muon" and ".layers." in name and p.ndim == 2]
     chosen = {id(p) for p in matrices}
-    slow = [p for name, p in named if name.endswith("position.weight")]
-    rest = [p for name, p in named if id(p) not in chosen and not name.endswith("position.weight")]
+    tables = {"bert.token.weight": recipe.token_lr, "bert.position.weight": recipe.position_lr}
+    rest = [p for name, p in named if id(p) not in chosen and name not in tables]
     decayed = [p for p in rest if recipe.decay_all or p.ndim >= 2]
     undecayed = [p for p in rest if not (recipe.decay_all or p.ndim >= 2)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0},
-              {"params": slow, "weight_decay": recipe.weight_decay, "lr": recipe.lr * recipe.position_lr}]
+              *({"params": [p], "weight_decay": recipe.weight_decay, "lr": recipe.lr * tables[name]} for name, p in named if name in tables)]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
     return [adamw, Muon(matrices, recipe.matrix_lr, weight_decay=recipe.weight_decay)] if matrices else [adamw]
 
@@ -512,6 +515,49 @@ class Batches:
         return self.order[index]
 
 
+# ------------------------------------------------------------------------------------------- a start from counts
+@torch.no_grad()
+def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """What counting alone tells of the tokens: vectors (vocab_size, width) of standard deviation 1; 0 for special tokens.
+
+    Counted is, for each pair of tokens, how often both stand in one text. The leading directions of the positive pointwise
+    mutual information, max(0, log p(a, b) / (p(a) p(b))), are the vectors: tokens that share texts lie near each other (Levy
+    and Goldberg, 2014, "Neural word embedding as implicit matrix factorization"). The same for every seed; takes seconds.
+    Raises InputError where the V x V table of pairs would not fit.
+    """
+    if vocab_size > 16_384 and torch.device(device).type == "cpu":
+        raise InputError(f"--count-start: a table of {vocab_size}^2 pairs is too much for a CPU; --vocab-size 16384 is the largest")
+    pairs = torch.zeros(vocab_size, vocab_size, device=device)
+    for first in range(0, len(table), 2_000):
+        begin, end = table.offsets[first], table.offsets[min(first + 2_000, len(table))]
+        text = np.repeat(np.arange(len(table)), table.lengths)[begin:end] - first
+        cells = torch.from_numpy(text * vocab_size + table.tokens[begin:end]).to(device)
+        occurrences = torch.bincount(cells, minlength=(int(text[-1]) + 1) * vocab_size).float().view(-1, vocab_size)  # (texts, V)
+        pairs.addmm_(occurrences.T, occurrences)
+    pairs[:FIRST_PIECE], pairs[:, :FIRST_PIECE] = 0, 0
+    of_one = pairs.sum(1)
+    expected = of_one**0.75  # a power below 1, so that rare tokens do not get the largest values
+    information = pairs.div_(of_one[:, None]).div_(expected / expected.sum()).log_().nan_to_num_(0.0, neginf=0.0).clamp_(min=0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vectors, values, _ = torch.svd_lowrank(information, q=min(vocab_size, width + 20), niter=4)
+    vectors = (vectors * values.sqrt())[:, :width]
+    return (vectors / vectors[FIRST_PIECE:].std()).cpu()
+
+
+@torch.no_grad()
+def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: torch.device | str) -> None:
+    """Token embeddings from count_embeddings, and an output bias from the tokens' frequencies: before its first step the model
+    is at the unigram baseline, and knows which words go together."""
+    V = model.config.vocab_size
+    vectors = std * count_embeddings(table, V, model.config.width, device)
+    model.bert.token.weight[FIRST_PIECE:, : vectors.size(1)] = vectors[FIRST_PIECE:]
+    model.norm.weight.fill_(model.config.init_std / std)  # the embeddings are the output layer too: logits as small as ever
+    seen = torch.from_numpy(np.bincount(table.tokens, minlength=V)[FIRST_PIECE:] + 1.0)
+    model.bias[FIRST_PIECE:] = (seen / seen.sum()).log().float()
+    model.bias[:FIRST_PIECE] = model.bias.min()
+
+
 # ------------------------------------------------------------------------------------- masked language modelling
 def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float = 0.15, generator: torch.Generator | None = None,
                 special_replacements: bool = False) -> tuple[Tensor, Tensor, Tensor]:
@@ -577,7 +623,10 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         if run.results:
             return folder
         torch.manual_seed(seed)
-        model = MaskedLM(config).to(hardware.device)
+        model = MaskedLM(config)
+        if recipe.count_start:
+            start_from_counts(model, corpus.train, recipe.count_start, hardware.device)
+        model.to(hardware.device)
         forward = maybe_compile(model, compiled)
         train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)
         batches = Batches(corpus.train.lengths, recipe, seed)

@@ -14,7 +14,6 @@ import argparse
 import base64
 import hashlib
 import io
-import json
 import re
 import struct
 import sys

@@ -11,7 +11,6 @@ Rg32601/Tiny-Language-Models.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Iterator

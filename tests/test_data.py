@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import data
-from data import (DeviceTable, InputError, Task, batch_order, coverage, load_table, load_tasks, make_table, overlap_scores,
+from data import (DeviceTable, InputError, batch_order, coverage, load_table, load_tasks, make_table, overlap_scores,
                   pretraining_articles, read_articles, read_task, read_task_files, sample_task, select_arm, shared_ngrams, text_key)
 from material import articles, small_tokenizer, write_articles, write_raw_folder, write_task_file, write_vital
 from tokenizer import CLS, FIRST_PIECE, PAD, SEP, Tokenizer, train_tokenizer, training_lines
