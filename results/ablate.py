@@ -3,8 +3,8 @@
 Choices are made with this, so it never sees a test row: it classifies further *training* rows, whose texts (like those of the test
 rows) are kept out of the pre-training articles where the task's texts are articles themselves. Resumable; a finished run is reused.
 
-    python results/ablate.py --out results/recipe-topics.json                                    the embedded default, BERT-1
-    python results/ablate.py --model bert-6 --seeds 1 --out results/recipe-topics-bert-6.json
+    python results/ablate.py --out results/recipe-ablation.json                                  the embedded default, BERT-1
+    python results/ablate.py --model bert-6 --seeds 1 --out results/recipe-ablation-bert-6.json
     python results/ablate.py --task fewrel --articles 'wiki*.jsonl.gz' --articles-count 20000 --min-class-size 694 --raw-dir DIR --out ...
     python results/ablate.py --arms '{"mask 40 %": {"mask_rate": 0.4}}' --out ...                recipes of your own, on top of quick
 """

@@ -107,6 +107,17 @@ def test_embedded_default_from_the_raw_folder(material: Path) -> None:
     assert "topics: 3 classes" in out and "next, on the paper's data" in out
 
 
+def test_ablation_script(material: Path) -> None:
+    """Arms of recipes; what it classifies are training rows, never test rows."""
+    out = material / "ablation.json"
+    shown = run("results/ablate.py", *sources(material), "--task", "fewrel", "--tuning-rows", "4", "--seeds", "2", "--out", out,
+                "--arms", '{"smoke": {}, "counts": {"count_start": 0.1, "vocab_size": 200}}')
+    arms = json.loads(out.read_text(encoding="utf-8"))["arms"]
+    assert [len(arm["held_out_loss"]) for arm in arms.values()] == [2, 2] and set(arms) == {"smoke", "counts"}
+    assert all(len(arm["tasks"]["fewrel"]["models"]["bert-1"][kind]) == 2 for arm in arms.values() for kind in ("pretrained", "scratch"))
+    assert "counts" in shown and "further training rows" in out.read_text(encoding="utf-8")
+
+
 def test_data_script(material: Path) -> None:
     assert "official size" not in run("data.py", "--raw-dir", material / "nothing") and "MIT" in run("data.py")
     out = run("data.py", "overlap", *sources(material), "--task", "fewrel", "--vocab-size", "150", "--max-length", "16", "--select", "high",
