@@ -118,6 +118,14 @@ def test_ablation_script(material: Path) -> None:
     assert "counts" in shown and "further training rows" in out.read_text(encoding="utf-8")
 
 
+def test_bag_of_words_script(material: Path) -> None:
+    """The label is a word of the text, so a bag of words finds it."""
+    out = run("results/bag_of_words.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv",
+              "--out", material / "bag.json")
+    assert float(re.search(r"tf-idf: ([\d.]+) %", out)[1]) > 90 and "counted directions" in out
+    assert "train" in json.loads((material / "bag.json").read_text(encoding="utf-8"))["tasks"]
+
+
 def test_data_script(material: Path) -> None:
     assert "official size" not in run("data.py", "--raw-dir", material / "nothing") and "MIT" in run("data.py")
     out = run("data.py", "overlap", *sources(material), "--task", "fewrel", "--vocab-size", "150", "--max-length", "16", "--select", "high",

@@ -1,0 +1,101 @@
+"""What a bag of words can do: logistic regression on two kinds of features, the yardstick below every table of accuracies.
+
+tf-idf of the tokenizer's own pieces knows nothing but the training rows; the mean of the vectors that pretrain.py's --count-start
+begins with knows the pre-training articles too, but no order of words. The decay is chosen on a fifth of the training rows, then
+all of them are used; one result is printed for each, on the test rows (with --tune: on the fifth).
+
+    python results/bag_of_words.py --out results/bag-of-words-topics.json
+    python results/bag_of_words.py --task fewrel --articles 'wiki*.jsonl.gz' --articles-count 20000 --min-class-size 694 --out ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table, run_script, tuning_split  # noqa: E402
+from pretrain import PRESETS, add_run_flags, choose_hardware, count_embeddings, result_record, write_json  # noqa: E402
+from tokenizer import FIRST_PIECE, Tokenizer  # noqa: E402
+
+DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+def occurrences(table: TokenTable, vocab_size: int) -> Tensor:
+    """How often each piece occurs in each text: (texts, V) float32; special tokens left out."""
+    text = np.repeat(np.arange(len(table)), table.lengths)
+    counts = np.bincount(text * vocab_size + table.tokens, minlength=len(table) * vocab_size)
+    result = torch.from_numpy(counts.astype(np.float32)).view(len(table), vocab_size)
+    result[:, :FIRST_PIECE] = 0
+    return result
+
+
+def idf(table: TokenTable, vocab_size: int) -> Tensor:
+    """Inverse document frequencies: (V,)."""
+    pieces = [np.unique(table.tokens[a:b]) for a, b in zip(table.offsets, table.offsets[1:])]
+    documents = np.bincount(np.concatenate(pieces), minlength=vocab_size)
+    return torch.from_numpy(np.log((1 + len(table)) / (1 + documents))).float()
+
+
+def fit(x: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
+    """Multinomial logistic regression: weights (features, classes), bias (classes,)."""
+    weight = torch.zeros(x.shape[1], int(labels.max()) + 1, requires_grad=True)
+    bias = torch.zeros(weight.shape[1], requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=150, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight + bias, labels) + decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach(), bias.detach()
+
+
+def accuracy(task: Task, embed: Callable[[Tensor], Tensor], tokenizer: Tokenizer, max_length: int, folder: Path, decay: float) -> float:
+    """Of a classifier fitted to the task's training rows, on its test rows. embed: occurrences (texts, V) -> features."""
+    x, test = (embed(occurrences(make_table([text for text, _ in rows], tokenizer, max_length, folder, f"{task.name}-bag"),
+                                 tokenizer.vocab_size)) for rows in (task.train, task.test))
+    mean, scale = x.mean(0), x.std(0).mean() * x.shape[1] ** 0.5  # scaled so that one grid of decays suits both kinds
+    labels, test_labels = (torch.tensor([label for _, label in rows]) for rows in (task.train, task.test))
+    weight, bias = fit((x - mean) / scale, labels, decay)
+    return float((((test - mean) / scale @ weight + bias).argmax(1) == test_labels).float().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, JSON")
+    add_run_flags(parser)
+    add_source_flags(parser)
+    args = parser.parse_args()
+    started, preset = time.perf_counter(), PRESETS[args.preset]
+    tasks = load_tasks(args)
+    corpus = load_corpus(args, tasks, preset.vocab_size, preset.max_length)
+    V, folder = corpus.tokenizer.vocab_size, args.runs_dir / "tables"
+    rarity, vectors = idf(corpus.train, V), count_embeddings(corpus.train, V, preset.width)
+    kinds = {"tf-idf": ("scratch", lambda counts: F.normalize(counts.clamp(max=1) * rarity)),
+             f"mean of {preset.width} counted directions": ("pretrained", lambda counts: counts @ vectors / counts.sum(1, keepdim=True).clamp(min=1))}
+    record: dict[str, dict] = {}
+    for task in tasks:
+        for name, (kind, embed) in kinds.items():
+            part = tuning_split(task)
+            decay = max(DECAYS, key=lambda d: accuracy(part, embed, corpus.tokenizer, preset.max_length, folder, d))
+            result = accuracy(task, embed, corpus.tokenizer, preset.max_length, folder, decay)
+            record.setdefault(task.name, {"models": {}, "committee": {}})["models"][f"logistic regression, {name}"] = {kind: [result]}
+            print(f"{task.name}, {len(task.train)} training rows: {name}: {100 * result:.1f} % (decay {decay:g})", flush=True)
+    write_json(args.out, result_record({"vocab_size": V, "width": preset.width}, time.perf_counter() - started, tasks=record,
+                                       latency_ms={}, hardware=choose_hardware("cpu").reason))
+
+
+if __name__ == "__main__":
+    run_script(main)
