@@ -65,8 +65,8 @@ class Optimisation:
     like_length: bool = setting(False, "texts of like length share a batch: less padding, but batches are less random")
     optimizer: str = setting("adamw", "adamw, or muon: Muon for the layers' matrices and AdamW for the rest")
     lr: float = setting(5e-5, "peak learning rate of AdamW")
-    token_lr: float = setting(1.0, "the token embeddings' learning rate, relative to --lr")
-    position_lr: float = setting(1.0, "the position table's learning rate, relative to --lr")
+    token_lr: float = setting(1.0, "the token embeddings' learning rate, relative to --lr (fine-tuning from scratch: always 1)")
+    position_lr: float = setting(1.0, "the position table's learning rate, relative to --lr (fine-tuning from scratch: always 1)")
     matrix_lr: float = setting(0.02, "peak learning rate of Muon")
     beta2: float = setting(0.999, "AdamW's second decay rate")
     weight_decay: float = setting(0.01, "decoupled weight decay")
@@ -87,7 +87,8 @@ class PretrainRecipe(Optimisation):
     norm: str = setting("post", "LayerNorm post (BERT) or pre (inside the residual branch)")
     init_std: float = setting(0.02, "standard deviation of the initial weights")
     local_start: float = setting(0.0, "above 0: heads begin by looking at neighbouring tokens, this sharply")
-    count_start: float = setting(0.0, "above 0: token embeddings begin as what counting pairs of tokens tells, this large (standard deviation)")
+    count_start: float = setting(0.0, "above 0: token embeddings begin as what counting pairs of tokens tells, with this "
+                                 "standard deviation")
     vocab_size: int = setting(30_522, "pieces of a newly trained tokenizer")
     max_length: int = setting(128, "tokens of a text")
     mask_rate: float = setting(0.15, "share of the tokens to predict in training (evaluation: always 0.15)")
@@ -520,23 +521,26 @@ class Batches:
 def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """What counting alone tells of the tokens: vectors (vocab_size, width) of standard deviation 1; 0 for special tokens.
 
-    Counted is, for each pair of tokens, how often both stand in one text. The leading directions of the positive pointwise
-    mutual information, max(0, log p(a, b) / (p(a) p(b))), are the vectors: tokens that share texts lie near each other (Levy
-    and Goldberg, 2014, "Neural word embedding as implicit matrix factorization"). The same for every seed; takes seconds.
-    Raises InputError where the V x V table of pairs would not fit.
+    Counted is, for each pair of tokens (and each token with itself), how often both stand in one text. The leading directions
+    of the positive pointwise mutual information, max(0, log p(a, b) / (p(a) p'(b))) with p' the 0.75th power of p, are the
+    vectors: tokens that share texts lie near each other (Levy and Goldberg, 2014, "Neural word embedding as implicit matrix
+    factorization"). The same for every seed. Takes seconds for thousands of texts and a vocabulary of thousands; the work
+    grows with texts x V^2, the memory with V^2. Raises InputError where that is too much.
     """
-    if vocab_size > 16_384 and torch.device(device).type == "cpu":
-        raise InputError(f"--count-start: a table of {vocab_size}^2 pairs is too much for a CPU; --vocab-size 16384 is the largest")
-    pairs = torch.zeros(vocab_size, vocab_size, device=device)
+    device = device if torch.device(device).type == "cuda" else "cpu"  # other devices lack a decomposition or two
+    if vocab_size > (limit := 16_384 if device == "cpu" else 40_000):
+        raise InputError(f"counting pairs: a vocabulary of {vocab_size} pieces is too large, {limit} is the most here; "
+                         "use a smaller one, or --count-start 0")
+    pairs, lengths = torch.zeros(vocab_size, vocab_size, device=device), table.lengths
     for first in range(0, len(table), 2_000):
-        begin, end = table.offsets[first], table.offsets[min(first + 2_000, len(table))]
-        text = np.repeat(np.arange(len(table)), table.lengths)[begin:end] - first
-        cells = torch.from_numpy(text * vocab_size + table.tokens[begin:end]).to(device)
-        occurrences = torch.bincount(cells, minlength=(int(text[-1]) + 1) * vocab_size).float().view(-1, vocab_size)  # (texts, V)
+        last = min(first + 2_000, len(table))
+        text = np.repeat(np.arange(last - first), lengths[first:last])
+        cells = torch.from_numpy(text * vocab_size + table.tokens[table.offsets[first] : table.offsets[last]]).to(device)
+        occurrences = torch.bincount(cells, minlength=(last - first) * vocab_size).float().view(-1, vocab_size)  # (texts, V)
         pairs.addmm_(occurrences.T, occurrences)
     pairs[:FIRST_PIECE], pairs[:, :FIRST_PIECE] = 0, 0
     of_one = pairs.sum(1)
-    expected = of_one**0.75  # a power below 1, so that rare tokens do not get the largest values
+    expected = of_one**0.75  # p': a power below 1, so that rare tokens do not get the largest values
     information = pairs.div_(of_one[:, None]).div_(expected / expected.sum()).log_().nan_to_num_(0.0, neginf=0.0).clamp_(min=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -22,10 +22,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Task, add_source_flags, load_corpus, load_tasks, read_task, run_script, sample_task, text_key  # noqa: E402
-from finetune import PRESETS as FINETUNE, TaskTables, finetune, points, run_accuracy, twin_seed  # noqa: E402
+from data import (Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, read_task, run_script, sample_task,  # noqa: E402
+                  text_key)
+from finetune import PRESETS as FINETUNE, TaskTables, as_twin, finetune, points, run_accuracy, twin_seed  # noqa: E402
 from model import MODELS  # noqa: E402
-from pretrain import PRESETS, add_run_flags, choose_hardware, load_pretrained, number, pretrain, read_json, result_record, write_json  # noqa: E402
+from pretrain import (PRESETS, add_run_flags, choose_hardware, load_pretrained, number, pretrain, read_json, result_record,  # noqa: E402
+                      write_json)
 
 # without an ingredient, what belongs to it goes back too: the tables' rates suit the starts
 ARMS = {
@@ -33,24 +35,37 @@ ARMS = {
     "without the start from counts": {"count_start": 0.0},
     "without the start at the neighbours": {"local_start": 0.0, "position_lr": 1.0},
     "without both": {"count_start": 0.0, "local_start": 0.0, "position_lr": 1.0},
-    "the start from counts alone (1 step)": {"steps": 1},
+    "counts alone (no training, no local start)": {"steps": 1, "lr": 0.0, "matrix_lr": 0.0, "local_start": 0.0, "position_lr": 1.0},
 }
 
 
 def tuning_task(real: Task, args: argparse.Namespace) -> Task:
     """The task with the same number of training rows, but tested on further training rows: where choices are made."""
-    classes, rows, test_rows, _ = read_task(real.name, args.raw_dir)
+    classes, rows, _, titles = read_task(real.name, args.raw_dir, args.entity_markers)
     kept = {name: i for i, name in enumerate(real.classes)}
     forbidden = {text_key(text) for text, _ in real.test}
-    rows = [(text, kept[classes[label]]) for text, label in rows if classes[label] in kept and text_key(text) not in forbidden]
-    per_class = len(real.train) // len(real.classes)
-    return sample_task(real.name, real.classes, rows, None, train_per_class=per_class, test_per_class=args.tuning_rows, seed=43)
+    allowed = [i for i, (text, label) in enumerate(rows) if classes[label] in kept and text_key(text) not in forbidden]
+    return sample_task(real.name, real.classes, [(rows[i][0], kept[classes[rows[i][1]]]) for i in allowed], None,
+                       [titles[i] for i in allowed] if titles else (), train_per_class=len(real.train) // len(real.classes),
+                       test_per_class=args.tuning_rows, seed=43)
+
+
+def changed(preset, changes: object, flag: str):
+    """A preset with an arm's changes. Raises InputError for a setting that it does not have."""
+    known = {f.name: type(f.default) for f in dataclasses.fields(preset)}
+    if not isinstance(changes, dict):
+        raise InputError(f"{flag}: write {{name of the arm: {{setting: value}}}}")
+    for name, value in changes.items():
+        if name not in known or not isinstance(value, (known[name], int) if known[name] is float else known[name]):
+            raise InputError(f"{flag}: {name}: {value!r} is no setting; there are {', '.join(f'{n} ({t.__name__})' for n, t in known.items())}")
+    return dataclasses.replace(preset, **changes)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="what is pre-trained (default %(default)s)")
-    parser.add_argument("--arms", type=json.loads, default=ARMS, metavar="JSON", help="{name: {setting: value}}; default: the kept ingredients")
+    parser.add_argument("--arms", type=json.loads, default=ARMS, metavar="JSON",
+                        help="{name: {setting: value}}; default: the kept ingredients")
     parser.add_argument("--ft-arms", type=json.loads, default={"": {}}, metavar="JSON", help="the same for fine-tuning")
     parser.add_argument("--seeds", type=number(1), default=3, metavar="N", help="pre-training seeds (default %(default)s)")
     parser.add_argument("--tuning-rows", type=number(1), default=30, metavar="N", help="rows a class to classify (default %(default)s)")
@@ -60,34 +75,40 @@ def main() -> None:
     add_source_flags(parser)
     args = parser.parse_args()
     hardware, started = choose_hardware(args.device, args.dtype), time.perf_counter()
+    if args.tune or args.task_file or len(args.task or []) > 1 or not (isinstance(args.arms, dict) and isinstance(args.ft_arms, dict)):
+        raise InputError("ablate.py takes one named --task, no --task-file, no --tune (it never sees a test row), and arms as "
+                         "'{name: {setting: value}}'")
+    recipes = {name: changed(PRESETS[args.preset], changes, "--arms") for name, changes in args.arms.items()}
+    ft_recipes = {name: changed(FINETUNE[args.preset], changes, "--ft-arms") for name, changes in args.ft_arms.items()}
     (real,) = load_tasks(args)
     task = tuning_task(real, args)
-    base = PRESETS[args.preset]
-    corpora = {}
+    corpora: dict[tuple[int, int], Corpus] = {}
     arms: dict[str, dict] = {}
-    for name, changes in args.arms.items():
-        recipe = dataclasses.replace(base, **changes)
-        if recipe.vocab_size not in corpora:
-            corpora[recipe.vocab_size] = load_corpus(args, [real, task], recipe.vocab_size, recipe.max_length)
+    for name, recipe in recipes.items():
+        size = (recipe.vocab_size, recipe.max_length)
+        if size not in corpora:
+            corpora[size] = load_corpus(args, [real, task], *size)
         for seed in range(args.seeds):
-            run = pretrain(args.model, recipe, corpora[recipe.vocab_size], seed, args.runs_dir, hardware)
+            run = pretrain(args.model, recipe, corpora[size], seed, args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile)
             config, _, tokenizer = load_pretrained(run)
             tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
-            for ft_name, ft_changes in args.ft_arms.items():
-                key = f"{name}; {ft_name}" if ft_name else name
-                arm = arms.setdefault(key, {"settings": {**changes, **ft_changes}, "held_out_loss": [], "seconds": [], "train_loss": [],
-                                            "tasks": {task.name: {"models": {args.model: {}}, "committee": {}}}})
+            for ft_name, ft_recipe in ft_recipes.items():
+                arm = arms.setdefault(f"{name}; {ft_name}" if ft_name else name, {
+                    "settings": {"pre-training": args.arms[name], "fine-tuning": args.ft_arms[ft_name]}, "held_out_loss": [], "seconds": [],
+                    "train_loss": {}, "tasks": {task.name: {"models": {args.model: {}}, "committee": {}}}})
                 pretraining = read_json(run / "results.json")
                 arm["held_out_loss"].append(pretraining["held_out_loss"])
                 arm["seconds"].append(pretraining["seconds"])
                 for kind, start in (("pretrained", run), ("scratch", None))[: 2 if args.scratch else 1]:
-                    folder = finetune(start, config, tokenizer, tables, dataclasses.replace(FINETUNE[args.preset], **ft_changes),
-                                      twin_seed(run, 0), args.runs_dir, hardware, label=args.model)
+                    how = (config, ft_recipe) if start else as_twin(config, ft_recipe)
+                    folder = finetune(start, how[0], tokenizer, tables, how[1], twin_seed(run, 0), args.runs_dir, hardware,
+                                      fresh=args.fresh, compiled=args.compile, label=args.model)
                     arm["tasks"][task.name]["models"][args.model].setdefault(kind, []).append(run_accuracy(folder))
-                    arm["train_loss"].append(read_json(folder / "results.json")["train_loss"])
-                write_json(args.out, result_record(
-                    {"model": args.model, "task": task.name, "classified": f"{len(task.test)} further training rows", "recipe": base.__dict__},
-                    time.perf_counter() - started, hardware=hardware.reason, unigram_loss=pretraining["unigram_loss"], arms=arms))
+                    arm["train_loss"].setdefault(kind, []).append(read_json(folder / "results.json")["train_loss"])
+                settings = {"model": args.model, "task": task.name, "classified": f"{len(task.test)} further training rows",
+                            "pre-training": PRESETS[args.preset].__dict__, "fine-tuning": FINETUNE[args.preset].__dict__}
+                write_json(args.out, result_record(settings, time.perf_counter() - started, hardware=hardware.reason,
+                                                   unigram_loss=pretraining["unigram_loss"], arms=arms))
     for name, arm in arms.items():
         values = " ".join(f"{kind} {points(x)}" for kind, x in arm["tasks"][task.name]["models"][args.model].items())
         print(f"{name:42} {np.mean(arm['held_out_loss']):.3f} nats, {np.mean(arm['seconds']):3.0f} s; {values}")

@@ -1,7 +1,8 @@
 """What a bag of words can do: logistic regression on two kinds of features, the yardstick below every table of accuracies.
 
-tf-idf of the tokenizer's own pieces knows nothing but the training rows; the mean of the vectors that pretrain.py's --count-start
-begins with knows the pre-training articles too, but no order of words. The decay is chosen on a fifth of the training rows, then
+The first, whether each piece of the tokenizer stands in the text, weighted by idf, knows nothing but the training rows (and the
+pieces). The second, the mean of the vectors that pretrain.py's --count-start begins with, knows the articles too. Neither knows an
+order of words. The decay is chosen on a fifth of the training rows, then
 all of them are used; one result is printed for each, on the test rows (with --tune: on the fifth).
 
     python results/bag_of_words.py --out results/bag-of-words-topics.json
@@ -39,13 +40,6 @@ def occurrences(table: TokenTable, vocab_size: int) -> Tensor:
     return result
 
 
-def idf(table: TokenTable, vocab_size: int) -> Tensor:
-    """Inverse document frequencies: (V,)."""
-    pieces = [np.unique(table.tokens[a:b]) for a, b in zip(table.offsets, table.offsets[1:])]
-    documents = np.bincount(np.concatenate(pieces), minlength=vocab_size)
-    return torch.from_numpy(np.log((1 + len(table)) / (1 + documents))).float()
-
-
 def fit(x: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     """Multinomial logistic regression: weights (features, classes), bias (classes,)."""
     weight = torch.zeros(x.shape[1], int(labels.max()) + 1, requires_grad=True)
@@ -62,10 +56,13 @@ def fit(x: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     return weight.detach(), bias.detach()
 
 
-def accuracy(task: Task, embed: Callable[[Tensor], Tensor], tokenizer: Tokenizer, max_length: int, folder: Path, decay: float) -> float:
-    """Of a classifier fitted to the task's training rows, on its test rows. embed: occurrences (texts, V) -> features."""
-    x, test = (embed(occurrences(make_table([text for text, _ in rows], tokenizer, max_length, folder, f"{task.name}-bag"),
-                                 tokenizer.vocab_size)) for rows in (task.train, task.test))
+def accuracy(task: Task, embed: Callable[[Tensor, Tensor], Tensor], tokenizer: Tokenizer, max_length: int, folder: Path,
+             decay: float) -> float:
+    """Of a classifier fitted to the task's training rows, on its test rows. embed: occurrences in some texts (texts, V), and in how
+    many training rows each piece occurs (V,) -> features (texts, F)."""
+    counts = [occurrences(make_table([text for text, _ in rows], tokenizer, max_length, folder, f"{task.name}-bag"), tokenizer.vocab_size)
+              for rows in (task.train, task.test)]
+    x, test = (embed(c, (counts[0] > 0).sum(0)) for c in counts)
     mean, scale = x.mean(0), x.std(0).mean() * x.shape[1] ** 0.5  # scaled so that one grid of decays suits both kinds
     labels, test_labels = (torch.tensor([label for _, label in rows]) for rows in (task.train, task.test))
     weight, bias = fit((x - mean) / scale, labels, decay)
@@ -82,9 +79,15 @@ def main() -> None:
     tasks = load_tasks(args)
     corpus = load_corpus(args, tasks, preset.vocab_size, preset.max_length)
     V, folder = corpus.tokenizer.vocab_size, args.runs_dir / "tables"
-    rarity, vectors = idf(corpus.train, V), count_embeddings(corpus.train, V, preset.width)
-    kinds = {"tf-idf": ("scratch", lambda counts: F.normalize(counts.clamp(max=1) * rarity)),
-             f"mean of {preset.width} counted directions": ("pretrained", lambda counts: counts @ vectors / counts.sum(1, keepdim=True).clamp(min=1))}
+    vectors = count_embeddings(corpus.train, V, preset.width)
+
+    def weighted(counts: Tensor, rows_with: Tensor) -> Tensor:
+        return F.normalize(counts.clamp(max=1) * (rows_with.max() / rows_with.clamp(min=1)).log())
+
+    def mean_vector(counts: Tensor, rows_with: Tensor) -> Tensor:
+        return counts @ vectors / counts.sum(1, keepdim=True).clamp(min=1)
+
+    kinds = {"pieces, weighted by idf": ("scratch", weighted), f"mean of {preset.width} counted directions": ("pretrained", mean_vector)}
     record: dict[str, dict] = {}
     for task in tasks:
         for name, (kind, embed) in kinds.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data import load_tasks, text_key
 from material import write_articles, write_raw_folder, write_task_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,11 +120,24 @@ def test_ablation_script(material: Path) -> None:
     assert "counts" in shown and "further training rows" in out.read_text(encoding="utf-8")
 
 
+def test_ablation_never_sees_a_test_row(material: Path) -> None:
+    """Every row of the task it trains and classifies is a training row of the official file, none a test text."""
+    sys.path.insert(0, str(ROOT / "results"))
+    import ablate
+
+    args = argparse.Namespace(task=["topics"], task_file=None, raw_dir=material / "raw", entity_markers=False, preset="smoke", tune=False,
+                              min_class_size=0, train_per_class=5, test_per_class=5, tuning_rows=4)
+    (real,) = load_tasks(args)
+    task = ablate.tuning_task(real, args)
+    seen, test = ({text_key(text) for text, _ in rows} for rows in (task.train + task.test, real.test))
+    assert len(task.test) == 12 and len(task.train) == len(real.train) == 15 and task.test_titles and not seen & test
+
+
 def test_bag_of_words_script(material: Path) -> None:
     """The label is a word of the text, so a bag of words finds it."""
     out = run("results/bag_of_words.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv",
               "--out", material / "bag.json")
-    assert float(re.search(r"tf-idf: ([\d.]+) %", out)[1]) > 90 and "counted directions" in out
+    assert float(re.search(r"by idf: ([\d.]+) %", out)[1]) > 90 and "counted directions" in out
     assert "train" in json.loads((material / "bag.json").read_text(encoding="utf-8"))["tasks"]
 
 
@@ -149,6 +164,8 @@ def test_data_script(material: Path) -> None:
     (["finetune.py", "--task-file", "ARTICLES", "--articles", "ARTICLES"], "line 1"),
     (["committee.py", "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW"], "--min-class-size"),
     (["data.py", "fetch", "--task", "fewrel", "--raw-dir", "EMPTY"], "train_wiki.json"),
+    (["results/ablate.py", "--task", "fewrel", "agnews", "--out", "x.json"], "one named --task"),
+    (["results/ablate.py", "--arms", '{"a": {"heads": 2, "wdith": 64}}', "--out", "x.json"], "wdith: 64 is no setting"),
 ])
 def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str], message: str) -> None:
     names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw", "EMPTY": material / "empty"}

@@ -116,7 +116,7 @@ def test_optimizer_groups() -> None:
     model = MaskedLM(named_config("bert-1", 64, vocab_size=50))
     adamw, muon = make_optimizers(model, Optimisation(optimizer="muon", decay_all=False, position_lr=0.3))
     assert sorted(tuple(p.shape) for p in muon.param_groups[0]["params"]) == [(64, 64), (64, 256), (192, 64), (256, 64)]
-    decayed, undecayed, positions = adamw.param_groups
+    decayed, undecayed, tokens, positions = adamw.param_groups
     assert [tuple(p.shape) for p in positions["params"]] == [(128, 64)] and positions["lr"] == pytest.approx(0.3 * undecayed["lr"])
     assert all(p.ndim == 2 for p in decayed["params"]) and all(p.ndim == 1 for p in undecayed["params"])
     assert undecayed["weight_decay"] == 0.0
