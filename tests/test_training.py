@@ -211,7 +211,7 @@ def test_counting_puts_tokens_that_share_texts_together(tmp_path: Path) -> None:
     vectors = count_embeddings(table, V, 16)
     torch.manual_seed(5)
     assert torch.equal(vectors, count_embeddings(table, V, 16)) and vectors.shape == (V, 16)
-    assert (vectors[:FIRST_PIECE] == 0).all() and (vectors[V - 1] == 0).all()  # special tokens, and one that never occurs
+    assert vectors[:FIRST_PIECE].abs().max() < 1e-5 and vectors[V - 1].abs().max() < 1e-5  # special tokens, and one that never occurs
     assert vectors[FIRST_PIECE:].std() == pytest.approx(1, abs=1e-3)
     unit = torch.nn.functional.normalize(vectors[5:45], dim=1)
     cosine = unit @ unit.T
@@ -229,7 +229,7 @@ def test_start_from_counts_is_at_the_unigram_baseline(corpus: Corpus) -> None:
     start_from_counts(model, corpus.train, 0.1, "cpu")
     after = held_out_loss(model, held_out, V, CPU)["held_out_loss"]
     assert before > after + 0.3 and abs(after - unigram_loss(corpus.train, corpus.held_out, V)) < 0.2
-    with pytest.raises(InputError, match="--vocab-size"):
+    with pytest.raises(InputError, match="16384 is the most"):
         count_embeddings(corpus.train, 30_000, 64)
 
 
