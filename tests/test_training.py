@@ -217,7 +217,7 @@ def test_counting_puts_tokens_that_share_texts_together(tmp_path: Path) -> None:
     cosine = unit @ unit.T
     cosine.fill_diagonal_(torch.nan)
     within = torch.stack([cosine[:20, :20], cosine[20:, 20:]]).nanmean()
-    assert within > cosine[:20, 20:].mean() + 0.5
+    assert within > cosine[:20, 20:].mean() + 0.3
 
 
 def test_start_from_counts_is_at_the_unigram_baseline(corpus: Corpus) -> None:
