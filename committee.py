@@ -7,7 +7,8 @@ Last of the six files, and the one to run first: it does the whole job, from raw
     python committee.py --task fewrel agnews dbpedia --articles 'wiki*.jsonl.gz' --raw-dir DIR --members 6 --seeds 3
 
 The members of a committee are pre-trained separately, with their own seeds for initialisation, article order, masks and
-fine-tuning; they share the articles, and with --count-start what counting tells of them. Their vote is soft: the mean of their class probabilities (paper, section on committees).
+fine-tuning; they share the articles, and with --count-start what counting tells of them. Their vote is soft: the mean of their
+class probabilities (paper, section on committees).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, as_twin, difference_sentence, finetune, gap_sentence,
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference_sentence, finetune, gap_sentence,
                       load_classifier, points, run_accuracy, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
@@ -121,12 +122,8 @@ def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argpa
     """
     def runs(checkpoints: Sequence[Path], start: bool) -> list[list[Path]]:
         """Fine-tuned runs: [checkpoint][fine-tuning seed]."""
-        result = []
-        for c in checkpoints:
-            config, how = (config_of[c], recipe) if start else as_twin(config_of[c], recipe)
-            result.append([finetune(c if start else None, config, tokenizer, tables, how, twin_seed(c, j), args.runs_dir, hardware,
-                                    fresh=args.fresh, compiled=args.compile, label=model_of[c]) for j in range(args.seeds)])
-        return result
+        return [[finetune(c if start else None, config_of[c], tokenizer, tables, recipe, twin_seed(c, j), args.runs_dir, hardware,
+                          fresh=args.fresh, compiled=args.compile, label=model_of[c]) for j in range(args.seeds)] for c in checkpoints]
 
     everyone = trained.deep + [c for group in trained.members for c in group]
     model_of = {c: load_settings(c, "pretrain")["model"] for c in everyone}

@@ -93,8 +93,11 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
     """Train a classifier on a task and test it after the last epoch; returns its run folder, which also holds the logits
     of the test rows. A finished run is not trained again.
 
-    checkpoint: a pre-training run, or None for a start from scratch (see as_twin).
+    checkpoint: a pre-training run, or None for its twin from scratch. The twin begins at N(0, init_std), and its tables learn at the
+    full rate, since they hold nothing to spare; both are better for it (results/recipe-search.json).
     """
+    if checkpoint is None:
+        config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
     start = load_checkpoint(checkpoint) if checkpoint else None
     origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint else None
@@ -141,12 +144,6 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             settings, final["seconds"], tasks={tables.task.name: {"models": {model_name: {kind: [result]}}, "committee": {}}},
             latency_ms={}, accuracy=result, train_loss=final["train_loss"], steps=steps, hardware=hardware.reason))
     return folder
-
-
-def as_twin(config: BertConfig, recipe: FinetuneRecipe) -> tuple[BertConfig, FinetuneRecipe]:
-    """(configuration, recipe) of the twin from scratch: it begins at N(0, init_std), and its tables learn at the full rate, since
-    they hold nothing to spare. Otherwise as the pre-trained model; both are better for the twin (results/recipe-search.json)."""
-    return dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
 
 
 def twin_seed(checkpoint: Path | None, number: int) -> int:
@@ -326,9 +323,8 @@ def main() -> None:
                     config, _, tokenizer = load_pretrained(checkpoint)
                 tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
                 for start in dict.fromkeys([checkpoint, None] if args.scratch else [checkpoint]):
-                    how = (config, recipe) if start else as_twin(config, recipe)
                     runs.setdefault("pre-trained" if start else "from scratch", []).append([
-                        finetune(start, how[0], tokenizer, tables, how[1], twin_seed(checkpoint, j), args.runs_dir, hardware,
+                        finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir, hardware,
                                  fresh=args.fresh, compiled=args.compile, label=label) for j in range(args.seeds)])
             for kind, units in runs.items():
                 losses = [read_json(f / "results.json")["train_loss"] for unit in units for f in unit]

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, load_corpus,
-                  load_tasks, run_script, write_atomically)
+                  load_tasks, occurrences, run_script, write_atomically)
 from model import (MODELS, BertConfig, Classifier, MaskedLM, count_parameters, from_hugging_face, named_config, to_hugging_face,
                    write_safetensors)
 from tokenizer import FIRST_PIECE, MASK, Tokenizer, hugging_face_files
@@ -125,7 +125,11 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
     preset = presets[args.preset]
     given = {f.name: getattr(args, prefix + f.name) for f in dataclasses.fields(preset)
              if getattr(args, prefix + f.name) is not None}
-    recipe = dataclasses.replace(preset, **given)
+    return checked(dataclasses.replace(preset, **given), prefix)
+
+
+def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
+    """The recipe itself. Raises InputError, naming the flag, for impossible values."""
     for name, known in (("optimizer", ("adamw", "muon")), ("norm", ("post", "pre")), ("pooling", ("cls", "mean"))):
         if getattr(recipe, name, known[0]) not in known:
             raise InputError(f"--{prefix}{name} {getattr(recipe, name)}: there are {' and '.join(known)}")
@@ -531,13 +535,10 @@ def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: tor
     if vocab_size > (limit := 16_384 if device == "cpu" else 40_000):
         raise InputError(f"counting pairs: a vocabulary of {vocab_size} pieces is too large, {limit} is the most here; "
                          "use a smaller one, or --count-start 0")
-    pairs, lengths = torch.zeros(vocab_size, vocab_size, device=device), table.lengths
+    pairs = torch.zeros(vocab_size, vocab_size, device=device)
     for first in range(0, len(table), 2_000):
-        last = min(first + 2_000, len(table))
-        text = np.repeat(np.arange(last - first), lengths[first:last])
-        cells = torch.from_numpy(text * vocab_size + table.tokens[table.offsets[first] : table.offsets[last]]).to(device)
-        occurrences = torch.bincount(cells, minlength=(last - first) * vocab_size).float().view(-1, vocab_size)  # (texts, V)
-        pairs.addmm_(occurrences.T, occurrences)
+        counts = occurrences(table, vocab_size, first, min(first + 2_000, len(table))).to(device)  # (texts, V)
+        pairs.addmm_(counts.T, counts)
     pairs[:FIRST_PIECE], pairs[:, :FIRST_PIECE] = 0, 0
     of_one = pairs.sum(1)
     expected = of_one**0.75  # p': a power below 1, so that rare tokens do not get the largest values
@@ -628,7 +629,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
             return folder
         torch.manual_seed(seed)
         model = MaskedLM(config)
-        if recipe.count_start:
+        if recipe.count_start and not (folder / "last.pt").exists():  # a checkpoint holds all that would be counted again
             start_from_counts(model, corpus.train, recipe.count_start, hardware.device)
         model.to(hardware.device)
         forward = maybe_compile(model, compiled)

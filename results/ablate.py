@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, read_task, run_script, sample_task,  # noqa: E402
                   text_key)
-from finetune import PRESETS as FINETUNE, TaskTables, as_twin, finetune, points, run_accuracy, twin_seed  # noqa: E402
+from finetune import PRESETS as FINETUNE, TaskTables, finetune, points, twin_seed  # noqa: E402
 from model import MODELS  # noqa: E402
-from pretrain import (PRESETS, add_run_flags, choose_hardware, load_pretrained, number, pretrain, read_json, result_record,  # noqa: E402
+from pretrain import (PRESETS, add_run_flags, checked, choose_hardware, load_pretrained, number, pretrain, read_json, result_record,  # noqa: E402
                       write_json)
 
 # without an ingredient, what belongs to it goes back too: the tables' rates suit the starts
@@ -58,7 +58,7 @@ def changed(preset, changes: object, flag: str):
     for name, value in changes.items():
         if name not in known or not isinstance(value, (known[name], int) if known[name] is float else known[name]):
             raise InputError(f"{flag}: {name}: {value!r} is no setting; there are {', '.join(f'{n} ({t.__name__})' for n, t in known.items())}")
-    return dataclasses.replace(preset, **changes)
+    return checked(dataclasses.replace(preset, **changes))
 
 
 def main() -> None:
@@ -90,21 +90,21 @@ def main() -> None:
             corpora[size] = load_corpus(args, [real, task], *size)
         for seed in range(args.seeds):
             run = pretrain(args.model, recipe, corpora[size], seed, args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile)
+            pretraining = read_json(run / "results.json")
             config, _, tokenizer = load_pretrained(run)
             tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
             for ft_name, ft_recipe in ft_recipes.items():
                 arm = arms.setdefault(f"{name}; {ft_name}" if ft_name else name, {
                     "settings": {"pre-training": args.arms[name], "fine-tuning": args.ft_arms[ft_name]}, "held_out_loss": [], "seconds": [],
                     "train_loss": {}, "tasks": {task.name: {"models": {args.model: {}}, "committee": {}}}})
-                pretraining = read_json(run / "results.json")
                 arm["held_out_loss"].append(pretraining["held_out_loss"])
                 arm["seconds"].append(pretraining["seconds"])
                 for kind, start in (("pretrained", run), ("scratch", None))[: 2 if args.scratch else 1]:
-                    how = (config, ft_recipe) if start else as_twin(config, ft_recipe)
-                    folder = finetune(start, how[0], tokenizer, tables, how[1], twin_seed(run, 0), args.runs_dir, hardware,
+                    folder = finetune(start, config, tokenizer, tables, ft_recipe, twin_seed(run, 0), args.runs_dir, hardware,
                                       fresh=args.fresh, compiled=args.compile, label=args.model)
-                    arm["tasks"][task.name]["models"][args.model].setdefault(kind, []).append(run_accuracy(folder))
-                    arm["train_loss"].setdefault(kind, []).append(read_json(folder / "results.json")["train_loss"])
+                    result = read_json(folder / "results.json")
+                    arm["tasks"][task.name]["models"][args.model].setdefault(kind, []).append(result["accuracy"])
+                    arm["train_loss"].setdefault(kind, []).append(result["train_loss"])
                 settings = {"model": args.model, "task": task.name, "classified": f"{len(task.test)} further training rows",
                             "pre-training": PRESETS[args.preset].__dict__, "fine-tuning": FINETUNE[args.preset].__dict__}
                 write_json(args.out, result_record(settings, time.perf_counter() - started, hardware=hardware.reason,

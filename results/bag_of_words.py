@@ -2,8 +2,8 @@
 
 The first, whether each piece of the tokenizer stands in the text, weighted by idf, knows nothing but the training rows (and the
 pieces). The second, the mean of the vectors that pretrain.py's --count-start begins with, knows the articles too. Neither knows an
-order of words. The decay is chosen on a fifth of the training rows, then
-all of them are used; one result is printed for each, on the test rows (with --tune: on the fifth).
+order of words. The decay is chosen on a fifth of the training rows, then all of them are used; one result is printed for each, on the
+test rows (with --tune: on the fifth).
 
     python results/bag_of_words.py --out results/bag-of-words-topics.json
     python results/bag_of_words.py --task fewrel --articles 'wiki*.jsonl.gz' --articles-count 20000 --min-class-size 694 --out ...
@@ -12,32 +12,24 @@ all of them are used; one result is printed for each, on the test rows (with --t
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table, run_script, tuning_split  # noqa: E402
+from data import Task, add_source_flags, load_corpus, load_tasks, make_table, occurrences, run_script, tuning_split  # noqa: E402
+from finetune import accuracy  # noqa: E402
 from pretrain import PRESETS, add_run_flags, choose_hardware, count_embeddings, result_record, write_json  # noqa: E402
 from tokenizer import FIRST_PIECE, Tokenizer  # noqa: E402
 
 DECAYS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-
-
-def occurrences(table: TokenTable, vocab_size: int) -> Tensor:
-    """How often each piece occurs in each text: (texts, V) float32; special tokens left out."""
-    text = np.repeat(np.arange(len(table)), table.lengths)
-    counts = np.bincount(text * vocab_size + table.tokens, minlength=len(table) * vocab_size)
-    result = torch.from_numpy(counts.astype(np.float32)).view(len(table), vocab_size)
-    result[:, :FIRST_PIECE] = 0
-    return result
 
 
 def fit(x: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
@@ -56,17 +48,24 @@ def fit(x: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
     return weight.detach(), bias.detach()
 
 
-def accuracy(task: Task, embed: Callable[[Tensor, Tensor], Tensor], tokenizer: Tokenizer, max_length: int, folder: Path,
-             decay: float) -> float:
-    """Of a classifier fitted to the task's training rows, on its test rows. embed: occurrences in some texts (texts, V), and in how
-    many training rows each piece occurs (V,) -> features (texts, F)."""
+def features(task: Task, embed: Callable[[Tensor, Tensor], Tensor], tokenizer: Tokenizer, max_length: int, folder: Path) -> list[Tensor]:
+    """[features of the training rows (rows, F), labels (rows,), features and labels of the test rows].
+
+    embed: occurrences in some texts (texts, V), and in how many training rows each piece occurs (V,) -> features (texts, F).
+    """
     counts = [occurrences(make_table([text for text, _ in rows], tokenizer, max_length, folder, f"{task.name}-bag"), tokenizer.vocab_size)
               for rows in (task.train, task.test)]
+    for c in counts:
+        c[:, :FIRST_PIECE] = 0
     x, test = (embed(c, (counts[0] > 0).sum(0)) for c in counts)
     mean, scale = x.mean(0), x.std(0).mean() * x.shape[1] ** 0.5  # scaled so that one grid of decays suits both kinds
     labels, test_labels = (torch.tensor([label for _, label in rows]) for rows in (task.train, task.test))
-    weight, bias = fit((x - mean) / scale, labels, decay)
-    return float((((test - mean) / scale @ weight + bias).argmax(1) == test_labels).float().mean())
+    return [(x - mean) / scale, labels, (test - mean) / scale, test_labels]
+
+
+def fitted_accuracy(x: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, decay: float) -> float:
+    weight, bias = fit(x, labels, decay)
+    return accuracy(test @ weight + bias, test_labels)
 
 
 def main() -> None:
@@ -91,9 +90,9 @@ def main() -> None:
     record: dict[str, dict] = {}
     for task in tasks:
         for name, (kind, embed) in kinds.items():
-            part = tuning_split(task)
-            decay = max(DECAYS, key=lambda d: accuracy(part, embed, corpus.tokenizer, preset.max_length, folder, d))
-            result = accuracy(task, embed, corpus.tokenizer, preset.max_length, folder, decay)
+            tuning, final = (features(t, embed, corpus.tokenizer, preset.max_length, folder) for t in (tuning_split(task), task))
+            decay = max(DECAYS, key=functools.partial(fitted_accuracy, *tuning))
+            result = fitted_accuracy(*final, decay)
             record.setdefault(task.name, {"models": {}, "committee": {}})["models"][f"logistic regression, {name}"] = {kind: [result]}
             print(f"{task.name}, {len(task.train)} training rows: {name}: {100 * result:.1f} % (decay {decay:g})", flush=True)
     write_json(args.out, result_record({"vocab_size": V, "width": preset.width}, time.perf_counter() - started, tasks=record,

@@ -479,7 +479,7 @@ def test_interrupted_export_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path,
 def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                     capsys: pytest.CaptureFixture) -> None:
     """--checkpoint hf:DIR with our own export; with a foreign folder only if --tokenizer is given, and with a note."""
-    foreign, run = tmp_path / "foreign", tmp_path / "run"
+    foreign = tmp_path / "foreign"
     ours = shake(MaskedLM(BertConfig(tokenizer.vocab_size + 3, 1, 64, 1, 32)), 1)
     pretrain.export_model(ours, tokenizer, tmp_path / "export")
     settings, tensors = to_hugging_face(ours)
