@@ -14,14 +14,19 @@ class probabilities (paper, section on committees).
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference_sentence, finetune, gap_sentence,
@@ -29,7 +34,7 @@ from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, d
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, load_pretrained, load_settings, number, pretrain, read_json, result_record,
-                      settings_hash, write_json)
+                      settings_hash, stop_signals, write_json)
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
 MEMBER_SEED = 100  # members' pre-training seeds begin here, so that none is a deep model's
@@ -97,42 +102,96 @@ def price(config: BertConfig, tokens: int, classes: int) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------- the whole job
-@dataclass
-class Trained:
-    """Pre-training runs: `deep`, one a repeat; `members`, K a repeat."""
-
-    deep: list[Path]
-    members: list[list[Path]]
+Unit = tuple[str, PretrainRecipe, int]  # what is trained: a named model, its recipe, its seed
 
 
-def train_all(args: argparse.Namespace, recipe: PretrainRecipe, corpus: Corpus, hardware: Hardware) -> Trained:
-    """Pre-train every model that is missing. Repeats have their own seeds, and share no member."""
-    options = dict(runs_dir=args.runs_dir, hardware=hardware, compiled=args.compile, fresh=args.fresh)
+def planned(args: argparse.Namespace, recipe: PretrainRecipe) -> tuple[list[Unit], list[list[Unit]]]:
+    """(the deep models, one a repeat; the members, K a repeat). Repeats have their own seeds, and share no member."""
     deep_recipe = replace(recipe, steps=args.deep_steps or recipe.steps)
-    deep = [pretrain(args.deep, deep_recipe, corpus, repeat, **options) for repeat in range(args.repeats)]
-    members = [[pretrain(args.member_model[k % len(args.member_model)], recipe, corpus, MEMBER_SEED + repeat * args.members + k, **options)
-                for k in range(args.members)] for repeat in range(args.repeats)]
-    return Trained(deep, members)
+    return ([(args.deep, deep_recipe, repeat) for repeat in range(args.repeats)],
+            [[(args.member_model[k % len(args.member_model)], recipe, MEMBER_SEED + repeat * args.members + k)
+              for k in range(args.members)] for repeat in range(args.repeats)])
 
 
-def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argparse.Namespace, hardware: Hardware) -> tuple[dict, dict]:
+def pretrain_unit(unit: Unit, corpus: Corpus, args: argparse.Namespace, hardware: Hardware) -> Path:
+    model, recipe, seed = unit
+    return pretrain(model, recipe, corpus, seed, args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile)
+
+
+def finetune_unit(checkpoint: Path, pretrained: bool, tables: TaskTables, recipe: FinetuneRecipe, args: argparse.Namespace,
+                  hardware: Hardware) -> list[Path]:
+    """Fine-tuned runs of a pre-trained model, or of its twin from scratch, one a fine-tuning seed."""
+    config, _, tokenizer = load_pretrained(checkpoint)
+    return [finetune(checkpoint if pretrained else None, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir,
+                     hardware, fresh=args.fresh, compiled=args.compile, label=load_settings(checkpoint, "pretrain")["model"])
+            for j in range(args.seeds)]
+
+
+def task_tables(task: Task, checkpoint: Path, args: argparse.Namespace, hardware: Hardware) -> TaskTables:
+    config, _, tokenizer = load_pretrained(checkpoint)
+    return TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
+
+
+def work(queue: multiprocessing.SimpleQueue, lock: object, threads: int, corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe,
+         args: argparse.Namespace) -> None:
+    """What one of several processes does: take the next model, train it, fine-tune it and its twin on every task."""
+    def units() -> None:
+        torch.set_num_threads(threads)
+        tqdm.set_lock(lock)
+        hardware = choose_hardware(args.device, args.dtype)
+        while (unit := queue.get()) is not None:
+            checkpoint = pretrain_unit(unit, corpus, args, hardware)
+            for task in tasks:
+                tables = task_tables(task, checkpoint, args, hardware)
+                for pretrained in (True, False):
+                    finetune_unit(checkpoint, pretrained, tables, recipe, args, hardware)
+
+    run_script(units)
+
+
+def train_in_parallel(jobs: int, units: Sequence[Unit], *material) -> None:
+    """Train the units in `jobs` processes, which share the threads: models this small do not know what to do with two.
+
+    A signal is passed on: each process saves its checkpoint and ends, and so does this one.
+    """
+    context = multiprocessing.get_context("spawn")
+    queue, lock = context.SimpleQueue(), context.RLock()
+    processes = []
+    with stop_signals() as stop:
+        for line in range(jobs):
+            os.environ["TQDM_POSITION"] = str(line)  # read by tqdm in the new process: a line for each bar
+            processes.append(context.Process(target=work, args=(queue, lock, max(1, torch.get_num_threads() // jobs), *material)))
+            processes[-1].start()
+        del os.environ["TQDM_POSITION"]
+        for unit in [*units, *[None] * jobs]:
+            queue.put(unit)
+        while alive := [p for p in processes if p.is_alive()]:
+            if stop or any(p.exitcode for p in processes):
+                for process in alive:
+                    process.terminate()
+            multiprocessing.connection.wait([p.sentinel for p in alive], timeout=0.5)
+    if stop:
+        sys.exit(128 + stop[0])
+    if failed := [p.exitcode for p in processes if p.exitcode]:
+        if 2 not in failed:  # bad input was reported by the process itself
+            print(f"error: a training process ended with status {failed[0]}; the same command goes on from the last checkpoints; "
+                  "--jobs 1 needs the least memory", file=sys.stderr)
+        sys.exit(2 if 2 in failed else 1)
+
+
+def judge_task(task: Task, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe, args: argparse.Namespace,
+               hardware: Hardware) -> tuple[dict, dict]:
     """Fine-tune every model and its twin on a task, vote, time, print the table.
 
-    Returns (the task's part of results.json, latencies).
+    deep_runs, member_runs: pre-training runs, one a repeat, and K a repeat. Returns (the task's part of results.json, latencies).
     """
-    def runs(checkpoints: Sequence[Path], start: bool) -> list[list[Path]]:
-        """Fine-tuned runs: [checkpoint][fine-tuning seed]."""
-        return [[finetune(c if start else None, config_of[c], tokenizer, tables, recipe, twin_seed(c, j), args.runs_dir, hardware,
-                          fresh=args.fresh, compiled=args.compile, label=model_of[c]) for j in range(args.seeds)] for c in checkpoints]
+    def runs(checkpoints: Sequence[Path], kind: str) -> list[list[Path]]:
+        return [finetune_unit(c, kind == "pretrained", tables, recipe, args, hardware) for c in checkpoints]
 
-    everyone = trained.deep + [c for group in trained.members for c in group]
-    model_of = {c: load_settings(c, "pretrain")["model"] for c in everyone}
-    config_of = {}
-    for c in everyone:
-        config_of[c], _, tokenizer = load_pretrained(c)
-    tables = TaskTables.make(task, tokenizer, config_of[everyone[0]].max_length, args.runs_dir, hardware.device)
-    deep = {kind: runs(trained.deep, kind == "pretrained") for kind in ("pretrained", "scratch")}
-    shallow = {kind: [runs(group, kind == "pretrained") for group in trained.members] for kind in ("pretrained", "scratch")}
+    model_of = {c: load_settings(c, "pretrain")["model"] for c in [*deep_runs, *sum(member_runs, [])]}
+    tables = task_tables(task, deep_runs[0], args, hardware)
+    deep = {kind: runs(deep_runs, kind) for kind in ("pretrained", "scratch")}
+    shallow = {kind: [runs(group, kind) for group in member_runs] for kind in ("pretrained", "scratch")}
 
     def committees(kind: str) -> list[list[list[np.ndarray]]]:
         """Right or wrong, by row, of 1, 2, ... K members: [repeat][fine-tuning seed][K]."""
@@ -140,7 +199,7 @@ def judge_task(task: Task, trained: Trained, recipe: FinetuneRecipe, args: argpa
 
     models: dict[str, dict[str, list[float]]] = {}
     for kind in ("pretrained", "scratch"):
-        for checkpoints, folders in [(trained.deep, deep[kind]), *zip(trained.members, shallow[kind])]:
+        for checkpoints, folders in [(deep_runs, deep[kind]), *zip(member_runs, shallow[kind])]:
             for checkpoint, unit in zip(checkpoints, folders):
                 models.setdefault(model_of[checkpoint], {}).setdefault(kind, []).extend(map(run_accuracy, unit))
     name = "+".join(args.member_model)
@@ -193,6 +252,8 @@ def main() -> None:
     group.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
     group.add_argument("--repeats", type=number(1), default=1, metavar="N",
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
+    group.add_argument("--jobs", type=number(1), metavar="N",
+                       help="models trained at once, in processes that share the threads (default: the threads, at most 4; on a GPU 1)")
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training (values of the presets in brackets)")
@@ -207,14 +268,21 @@ def main() -> None:
     print(hardware.reason, flush=True)
     tasks = load_tasks(args)
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
-    trained = train_all(args, recipe, corpus, hardware)
-    results = {task.name: judge_task(task, trained, finetune_recipe, args, hardware) for task in tasks}
+    deep, members = planned(args, recipe)
+    units = [*deep, *sum(members, [])]
+    jobs = min(len(units), args.jobs or (min(4, torch.get_num_threads()) if hardware.device.type == "cpu" else 1))
+    if jobs > 1:
+        print(f"{jobs} processes with {max(1, torch.get_num_threads() // jobs)} threads each", flush=True)
+        train_in_parallel(jobs, units, corpus, tasks, finetune_recipe, args)
+        args.fresh = False  # all there is, is new
+    deep_runs = [pretrain_unit(unit, corpus, args, hardware) for unit in deep]
+    member_runs = [[pretrain_unit(unit, corpus, args, hardware) for unit in group] for group in members]
+    results = {task.name: judge_task(task, deep_runs, member_runs, finetune_recipe, args, hardware) for task in tasks}
 
     latency = results[tasks[0].name][1]
-    members = [load_settings(c, "pretrain") for c in trained.members[0]]
     tokens = results[tasks[0].name][0]["tokens"]
-    all_members = [price(BertConfig(**m["config"]), tokens, len(tasks[0].classes)) for m in members]
-    prices = {args.deep: price(load_pretrained(trained.deep[0])[0], tokens, len(tasks[0].classes)),
+    all_members = [price(load_pretrained(c)[0], tokens, len(tasks[0].classes)) for c in member_runs[0]]
+    prices = {args.deep: price(load_pretrained(deep_runs[0])[0], tokens, len(tasks[0].classes)),
               "member": max(all_members, key=lambda p: p["operations"])}
     prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
     print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}{'M operations':>14}")
@@ -224,10 +292,10 @@ def main() -> None:
               f"{prices[model]['operations'] / 1e6:14.1f}")
     print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
     seconds = time.perf_counter() - started
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "raw_dir")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "raw_dir")}
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "tokens", "seconds")}
-                   for c in trained.deep + [c for g in trained.members for c in g]}
+                   for c in [*deep_runs, *sum(member_runs, [])]}
     record = result_record(settings, seconds, tasks={name: part for name, (part, _) in results.items()}, latency_ms=latency,
                            price=prices, pretraining=pretraining, hardware=hardware.reason)
     folder = args.runs_dir / "committee" / f"{'-'.join(t.name for t in tasks)}-{settings_hash(settings)}"

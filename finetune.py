@@ -142,7 +142,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
         model_name = read_json(checkpoint / "config.json")["model"] if checkpoint else label
         write_json(folder / "results.json", result_record(
             settings, final["seconds"], tasks={tables.task.name: {"models": {model_name: {kind: [result]}}, "committee": {}}},
-            latency_ms={}, accuracy=result, train_loss=final["train_loss"], steps=steps, hardware=hardware.reason))
+            latency_ms={}, accuracy=result, train_loss=final["train_loss"], steps=final["steps"], hardware=hardware.reason))
     return folder
 
 

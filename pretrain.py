@@ -59,6 +59,8 @@ class Optimisation:
 
     epochs: int = setting(50, "passes over the training texts")
     steps: int = setting(0, "optimizer steps; 0: as many as --epochs make")
+    time_budget: float = setting(0.0, "minutes of training instead of --steps and --epochs, with a learning rate that falls to 0 by then; "
+                                 "0: no limit. A run of this kind cannot be repeated bit by bit")
     batch_size: int = setting(32, "texts a step")
     micro_batch: int = setting(0, "texts at once, if a whole batch does not fit the memory (0: the batch); the same gradient, but for "
                                "dropout and a stem's batch statistics")
@@ -136,10 +138,12 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
               "lr": (0, 1e3), "matrix_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3), "clip": (0, 1e9), "heads": (0, 1024),
               "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
-              "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10), "token_lr": (0, 1e3)}
+              "time_budget": (0, 1e5), "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10), "token_lr": (0, 1e3)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
+    if recipe.time_budget and recipe.fault_schedule:
+        raise InputError(f"--{prefix}fault-schedule counts epochs, --{prefix}time-budget does not: leave one out")
     if isinstance(recipe, PretrainRecipe):
         try:
             named_config("bert-1", recipe.width, recipe.heads, norm=recipe.norm)
@@ -424,7 +428,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
     returns (mean loss, tokens seen). Everything random is drawn after the step's own seed is set, so a resumed run equals
     an uninterrupted one. evaluate(): a record for the log, five times in a run. header: the log's first line. save_every:
     seconds between checkpoints.
-    Returns the last evaluation with the mean loss of the last tenth of the steps and the seconds of training.
+    Returns the last evaluation with the mean loss of the last tenth of the run, its steps and the seconds of training.
     """
     optimizers = make_optimizers(model, recipe)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
@@ -435,9 +439,16 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
     if state.get("scaler") and scaler.is_enabled():
         scaler.load_state_dict(state["scaler"])
     losses = list(state["losses"].to(hardware.device)) if "losses" in state else []  # since the last line of the log
-    log_every = max(1, steps // 100)
-    now = saved = window_start = time.perf_counter()
-    started, window_tokens = now - seconds, 0
+    saved = window_start = time.perf_counter()
+    started, window_tokens = saved - seconds, 0
+    end = 10_000 if recipe.time_budget else steps
+    log_every = max(1, end // 100)
+
+    def progress() -> int:
+        """How far the run has come on its way to `end`: in steps, or in ten-thousandths of the time budget."""
+        return int(end * (time.perf_counter() - started) / (60 * recipe.time_budget)) if recipe.time_budget else step
+
+    now = progress()
     if step == 0 and header:
         run.log(step=0, **header)
     model.train()
@@ -448,12 +459,12 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
         run.save(step, model, optimizers, tokens=tokens, seconds=time.perf_counter() - started, record=record,
                  tail=[tail_loss, tail_steps], scaler=scaler.state_dict(), **({"losses": torch.stack(losses)} if losses else {}))
 
-    with stop_signals() as stop, tqdm(total=steps, initial=step, desc=label, unit="step", mininterval=1.0,
+    with stop_signals() as stop, tqdm(total=None if recipe.time_budget else steps, initial=step, desc=label, unit="step", mininterval=1.0,
                                       dynamic_ncols=True, leave=False) as bar:
-        while step < steps:
+        while now < end:
             # through a hash, because PyTorch's CPU generator keeps the low 32 bits of a seed alone
             torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
-            factor = schedule(recipe, step, steps, steps_per_epoch)
+            factor = schedule(recipe, now, end, steps_per_epoch)
             for optimizer, rates in zip(optimizers, peaks):
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * factor
@@ -472,20 +483,21 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
             losses.append(loss)
             step, tokens, window_tokens = step + 1, tokens + seen, window_tokens + seen
             bar.update()
-            if step % log_every == 0 or step == steps:
+            before, now = now, progress()
+            if now // log_every > before // log_every or now >= end:
                 mean = torch.stack(losses).mean().item()  # the one place where the host waits for the device
                 if not math.isfinite(mean):
                     raise InputError(f"{run.folder}: the loss is {mean} at step {step}; lower --lr, or use --dtype fp32. "
                                      "The last good checkpoint is kept")
-                if step > steps * 0.9:
+                if now > end * 0.9:
                     tail_loss, tail_steps = tail_loss + mean * len(losses), tail_steps + len(losses)
                 losses.clear()
                 rate = window_tokens / (time.perf_counter() - window_start)
                 run.log(step=step, tokens=tokens, loss=round(mean, 5), factor=round(factor, 5), tokens_per_s=round(rate),
                         seconds=round(time.perf_counter() - started, 2))
-                bar.set_postfix_str(f"loss {mean:.3f}, {rate / 1e3:.1f}k tokens/s")
+                bar.set_postfix_str(f"loss {mean:.3f}, {rate / 1e3:.1f}k tokens/s, {100 * min(1, now / end):.0f} %")
                 window_tokens, window_start = 0, time.perf_counter()
-                if evaluate and (step % (20 * log_every) == 0 or step == steps):
+                if evaluate and (now // (20 * log_every) > before // (20 * log_every) or now >= end):
                     model.eval()
                     record = evaluate()
                     model.train()
@@ -496,12 +508,12 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                 save()
                 saved = time.perf_counter()
             if stop:
-                print(f"stopped at step {step} of {steps}; the same command (without --fresh) goes on from there", file=sys.stderr)
+                print(f"stopped at step {step}, {100 * min(1, now / end):.0f} % of the run; the same command (without --fresh) goes on from there", file=sys.stderr)
                 sys.exit(128 + stop[0])
     seconds = time.perf_counter() - started
     run.save(step, model, [], tokens=tokens, seconds=seconds, record=record, tail=[tail_loss, tail_steps])
     model.eval()
-    return {**record, "train_loss": tail_loss / max(1, tail_steps), "tokens": tokens, "seconds": seconds}
+    return {**record, "train_loss": tail_loss / max(1, tail_steps), "steps": step, "tokens": tokens, "seconds": seconds}
 
 
 class Batches:
@@ -637,8 +649,9 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         batches = Batches(corpus.train.lengths, recipe, seed)
         steps = recipe.steps or recipe.epochs * batches.per_epoch
         unigram = unigram_loss(corpus.train, corpus.held_out, vocab_size)
-        print(f"{folder.name}: {count_parameters(model) / 1e6:.2f} M parameters, {steps} steps of {recipe.batch_size} texts, "
-              f"{steps / batches.per_epoch:.1f} passes; unigram baseline {unigram:.3f} nats", flush=True)
+        length = f"{recipe.time_budget:g} minutes" if recipe.time_budget else f"{steps} steps, {steps / batches.per_epoch:.1f} passes"
+        print(f"{folder.name}: {count_parameters(model) / 1e6:.2f} M parameters, {length}, {recipe.batch_size} texts a step; "
+              f"unigram baseline {unigram:.3f} nats", flush=True)
 
         def gradients(step: int, backward: Callable[[Tensor], None]) -> tuple[Tensor, int]:
             input_ids = train_table.batch(batches[step])
@@ -659,7 +672,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
             return total, int(corpus.train.lengths[batches[step]].sum())
 
         final = train(run, model, recipe, hardware, seed, steps, batches.per_epoch, gradients, label=f"pre-train {model_name} {seed}",
-                      header={"unigram_loss": round(unigram, 5), "parameters": count_parameters(model), "steps": steps},
+                      header={"unigram_loss": round(unigram, 5), "parameters": count_parameters(model)},
                       evaluate=lambda: held_out_loss(model, held_out, vocab_size, hardware))
         write_json(folder / "results.json", result_record(settings, final["seconds"], tasks={}, latency_ms={}, unigram_loss=unigram,
                                                           hardware=hardware.reason, **{k: v for k, v in final.items() if k != "seconds"}))
