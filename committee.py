@@ -14,6 +14,8 @@ class probabilities (paper, section on committees).
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference_sentence, finetune, gap_sentence,
-                      load_classifier, points, run_accuracy, twin_seed, unit_values, votes)
+                      load_classifier, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, load_pretrained, load_settings, number, pretrain, read_json, result_record,
@@ -108,7 +110,7 @@ Unit = tuple[str, PretrainRecipe, int]  # what is trained: a named model, its re
 def planned(args: argparse.Namespace, recipe: PretrainRecipe) -> tuple[list[Unit], list[list[Unit]]]:
     """(the deep models, one a repeat; the members, K a repeat). Repeats have their own seeds, and share no member."""
     deep_recipe = replace(recipe, steps=args.deep_steps or recipe.steps)
-    return ([(args.deep, deep_recipe, repeat) for repeat in range(args.repeats)],
+    return ([(args.deep, deep_recipe, repeat) for repeat in range(args.repeats) if args.deep != "none"],
             [[(args.member_model[k % len(args.member_model)], recipe, MEMBER_SEED + repeat * args.members + k)
               for k in range(args.members)] for repeat in range(args.repeats)])
 
@@ -179,17 +181,48 @@ def train_in_parallel(jobs: int, units: Sequence[Unit], *material) -> None:
         sys.exit(2 if 2 in failed else 1)
 
 
+def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """Expected calibration error: how far the likeliest class' probability lies from the share of rows where it is right, on average
+    over rows in bins of like probability (Guo et al., 2017). probabilities: (rows, classes); labels: (rows,)."""
+    confidence, predicted = probabilities.max(-1)
+    right = (predicted == labels).double()
+    which = (confidence * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.double).index_add_(0, which, right - confidence.double())
+    return float(gaps.abs().sum() / len(labels))
+
+
+def agreement(predictions: Sequence[Tensor]) -> float:
+    """Share of the rows on which two members predict the same class, mean over all pairs; nan for a single member."""
+    pairs = list(itertools.combinations(predictions, 2))
+    return sum(float((a == b).double().mean()) for a, b in pairs) / len(pairs) if pairs else math.nan
+
+
+def describe_votes(deep: Sequence[Path], groups: Sequence[Sequence[Path]]) -> dict[str, float]:
+    """Calibration of the deep runs, the members and their committees, and the members' agreement: means over all there are.
+
+    deep: fine-tuned runs; groups: the members of each committee.
+    """
+    def error(runs: Sequence[Path]) -> float:
+        probabilities, labels = zip(*map(run_probabilities, runs))
+        return calibration_error(torch.stack(probabilities).mean(0), labels[0])
+
+    result = {"deep": np.mean([error([f]) for f in deep])} if deep else {}
+    result |= {"member": np.mean([error([f]) for group in groups for f in group]), "committee": np.mean([error(g) for g in groups]),
+               "agreement": np.mean([agreement([run_probabilities(f)[0].argmax(-1) for f in group]) for group in groups])}
+    return {name: float(value) for name, value in result.items()}
+
+
 def judge_task(task: Task, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe, args: argparse.Namespace,
                hardware: Hardware) -> tuple[dict, dict]:
     """Fine-tune every model and its twin on a task, vote, time, print the table.
 
-    deep_runs, member_runs: pre-training runs, one a repeat, and K a repeat. Returns (the task's part of results.json, latencies).
+    deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat. Returns (the task's part of results.json, latencies).
     """
     def runs(checkpoints: Sequence[Path], kind: str) -> list[list[Path]]:
         return [finetune_unit(c, kind == "pretrained", tables, recipe, args, hardware) for c in checkpoints]
 
     model_of = {c: load_settings(c, "pretrain")["model"] for c in [*deep_runs, *sum(member_runs, [])]}
-    tables = task_tables(task, deep_runs[0], args, hardware)
+    tables = task_tables(task, member_runs[0][0], args, hardware)
     deep = {kind: runs(deep_runs, kind) for kind in ("pretrained", "scratch")}
     shallow = {kind: [runs(group, kind) for group in member_runs] for kind in ("pretrained", "scratch")}
 
@@ -214,31 +247,37 @@ def judge_task(task: Task, deep_runs: list[Path], member_runs: list[list[Path]],
         gap = 100 * (np.mean(pretrained) - np.mean(scratch))
         print(f"{label:34}{points(pretrained):>16}{points(scratch):>16}{gap:>+8.1f}  {note}".rstrip())
 
-    deep_mean = float(np.mean(models[args.deep]["pretrained"]))
+    deep_mean = float(np.mean(models[args.deep]["pretrained"])) if deep_runs else math.nan
     for model, values in models.items():
         units = [unit_values([x[i : i + args.seeds] for i in range(0, len(x), args.seeds)]) for x in values.values()]
         row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), *units)
     for k in range(2, args.members + 1):
         units = [unit_values([[float(seed[k - 1].mean()) for seed in repeat] for repeat in right[kind]]) for kind in right]
-        row(f"committee of {k} {name}", *units, f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}")
-    deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
-    print(difference_sentence(f"committee of {args.members} against {args.deep}:", [[c[-1] for c in r] for r in right["pretrained"]], deep_right))
-    print(gap_sentence(args.deep, deep["pretrained"], deep["scratch"]))
+        row(f"committee of {k} {name}", *units, f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}" if deep_runs else "")
+    if deep_runs:
+        deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
+        print(difference_sentence(f"committee of {args.members} against {args.deep}:", [[c[-1] for c in r] for r in right["pretrained"]], deep_right))
+        print(gap_sentence(args.deep, deep["pretrained"], deep["scratch"]))
     print(gap_sentence(name, *([unit for group in shallow[kind] for unit in group] for kind in ("pretrained", "scratch"))))
     converged = {kind: max(read_json(f / "results.json")["train_loss"] for unit in units for f in unit) for kind, units in
                  (("pretrained", deep["pretrained"] + [u for g in shallow["pretrained"] for u in g]),
                   ("scratch", deep["scratch"] + [u for g in shallow["scratch"] for u in g]))}
     print(f"largest last training loss: pre-trained {converged['pretrained']:.3f}, from scratch {converged['scratch']:.3f}")
 
+    quality = describe_votes([f for unit in deep["pretrained"] for f in unit],
+                             [[member[j] for member in group] for group in shallow["pretrained"] for j in range(args.seeds)])
+    print("expected calibration error: " + ", ".join(f"{n} {v:.3f}" for n, v in quality.items() if n != "agreement")
+          + (f"; two members agree on {100 * quality['agreement']:.0f} % of the rows" if args.members > 1 else ""))
+
     classifiers = [load_classifier(unit[0]).to(hardware.device) for unit in shallow["pretrained"][0]]
     slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    contenders = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device), "member": slowest,
-                  f"committee-{args.members}": SoftCommittee(classifiers)}
+    contenders = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device)} if deep_runs else {}
+    contenders |= {"member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
     latency = measure_latency(contenders, tables, hardware)
     tokens = int(np.median(tables.test.lengths))
     return {"models": models, "tokens": tokens, "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
             "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
-            "train_loss": converged}, latency
+            "train_loss": converged, "quality": quality}, latency
 
 
 def main() -> None:
@@ -247,13 +286,14 @@ def main() -> None:
     group.add_argument("--members", type=number(1), metavar="K", help="members of the committee (default: quick 4, paper 6)")
     group.add_argument("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="MODEL",
                        help=f"of the members, taken in turn if several (default bert-1); one of {', '.join(MODELS)}")
-    group.add_argument("--deep", choices=tuple(MODELS), default="bert-6", help="the model to reach (default %(default)s)")
+    group.add_argument("--deep", choices=(*MODELS, "none"), default="bert-6", help="the model to reach (default %(default)s)")
     group.add_argument("--deep-steps", type=number(0), default=0, metavar="N", help="pre-training steps of the deep model, if others")
     group.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
     group.add_argument("--repeats", type=number(1), default=1, metavar="N",
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
     group.add_argument("--jobs", type=number(1), metavar="N",
                        help="models trained at once, in processes that share the threads (default: the threads, at most 4; on a GPU 1)")
+    group.add_argument("--out", type=Path, metavar="FILE", help="write the results, JSON, to FILE too")
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training (values of the presets in brackets)")
@@ -282,8 +322,8 @@ def main() -> None:
     latency = results[tasks[0].name][1]
     tokens = results[tasks[0].name][0]["tokens"]
     all_members = [price(load_pretrained(c)[0], tokens, len(tasks[0].classes)) for c in member_runs[0]]
-    prices = {args.deep: price(load_pretrained(deep_runs[0])[0], tokens, len(tasks[0].classes)),
-              "member": max(all_members, key=lambda p: p["operations"])}
+    prices = {args.deep: price(load_pretrained(run)[0], tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
+    prices["member"] = max(all_members, key=lambda p: p["operations"])
     prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
     print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}{'M operations':>14}")
     for model, t in latency.items():
@@ -292,7 +332,7 @@ def main() -> None:
               f"{prices[model]['operations'] / 1e6:14.1f}")
     print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
     seconds = time.perf_counter() - started
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "raw_dir")}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir")}
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "tokens", "seconds")}
                    for c in [*deep_runs, *sum(member_runs, [])]}
@@ -300,7 +340,8 @@ def main() -> None:
                            price=prices, pretraining=pretraining, hardware=hardware.reason)
     folder = args.runs_dir / "committee" / f"{'-'.join(t.name for t in tasks)}-{settings_hash(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", record)
+    for path in (folder / "results.json", *([args.out] if args.out else [])):
+        write_json(path, record)
     print(f"\n{folder / 'results.json'} written; {seconds / 60:.1f} minutes in all (what was there already was not trained again)")
     if tasks[0].name == "topics":
         print("next, on the paper's data: python committee.py --task fewrel --wiki simplewiki --articles-count 20000")

@@ -51,7 +51,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, InputError, Tokenizer, run_script, train_tokenizer
+from tokenizer import FIRST_PIECE, PAD, InputError, Tokenizer, run_script, save_tokenizer, train_tokenizer
 
 if os.name == "nt":
     import msvcrt
@@ -1042,6 +1042,18 @@ class Corpus:
 
 
 def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus:
+    """What pre-training reads, as the command line chose it: the articles, or an arm of them (--arm)."""
+    corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
+    if not args.arm:
+        return corpus
+    if args.arm in ("shuffled", "unigram"):
+        return dataclasses.replace(corpus, train=scramble(corpus.train, across_texts=args.arm == "unigram"))
+    arm = subset(corpus.train, arm_of_articles(args, tasks, corpus, articles))
+    print(f"arm {args.arm}: {len(arm)} articles, {len(arm.tokens) / 1e6:.2f} M tokens a pass", flush=True)
+    return dataclasses.replace(corpus, train=arm)
+
+
+def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> tuple[Corpus, list[Article]]:
     """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir."""
     articles, held_out = pretraining_articles(args, tasks)
     if args.tokenizer:
@@ -1059,7 +1071,26 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     held = make_table([a.text for a in held_out], tokenizer, max_length, tables, "held-out")
     print(f"{len(train)} articles, {len(train.tokens) / 1e6:.2f} M tokens a pass, {len(held)} held out, "
           f"vocabulary {tokenizer.vocab_size}", flush=True)
-    return Corpus(tokenizer, train, held)
+    return Corpus(tokenizer, train, held), articles
+
+
+def subset(table: TokenTable, texts: np.ndarray) -> TokenTable:
+    """Some texts of a table, by their indices."""
+    tokens = np.concatenate([table.tokens[table.offsets[i] : table.offsets[i + 1]] for i in texts])
+    digest = hashlib.sha256(table.meta["texts_sha256"].encode() + texts.astype("<i8").tobytes()).hexdigest()
+    return TokenTable(tokens, np.concatenate([[0], np.cumsum(table.lengths[texts])]), {**table.meta, "texts_sha256": digest})
+
+
+def scramble(table: TokenTable, across_texts: bool) -> TokenTable:
+    """A control without language: each text keeps its length, and the whole table its tokens' frequencies, but the tokens are
+    shuffled within each text (what stands together stays together, in no order) or across all texts (nothing is left)."""
+    tokens = np.array(table.tokens)
+    ordinary = np.flatnonzero(tokens >= FIRST_PIECE)  # [CLS] and [SEP] stay where they are
+    text = np.searchsorted(table.offsets, ordinary, side="right") * (not across_texts)
+    order = np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(ordinary)), text))  # random order, within a text if it counts
+    tokens[ordinary] = tokens[ordinary[order]]
+    digest = hashlib.sha256(f"{table.meta['texts_sha256']} {across_texts}".encode()).hexdigest()
+    return TokenTable(tokens, table.offsets, {**table.meta, "texts_sha256": digest})
 
 
 # ------------------------------------------------------------------------- token overlap, the paper's third claim
@@ -1107,6 +1138,18 @@ def select_arm(table: TokenTable, scores: np.ndarray, wikis: Sequence[str], arm:
     return np.sort(np.concatenate(chosen))
 
 
+def arm_of_articles(args: argparse.Namespace, tasks: Sequence[Task], corpus: Corpus, articles: Sequence[Article]) -> np.ndarray:
+    """Indices of the articles that --arm low, random, high (overlap with the task's training rows) or clean chooses."""
+    if args.arm == "clean":
+        return np.setdiff1d(np.arange(len(articles)), shared_ngrams(articles, [row for task in tasks for row in task.test])[1])
+    if len(tasks) != 1:
+        raise InputError(f"--arm {args.arm} is taken by the overlap with one task: name one with --task")
+    (task,), max_length, V = tasks, corpus.train.meta["max_length"], corpus.tokenizer.vocab_size
+    rows = make_table([text for text, _ in task.train], corpus.tokenizer, max_length, args.runs_dir / "tables", f"{task.name}-train")
+    return select_arm(corpus.train, overlap_scores(corpus.train, rows.tokens, V), [a.wiki for a in articles], args.arm, args.arm_count,
+                      max_length)
+
+
 def word_ngrams(text: str, n: int = 10) -> set[tuple[str, ...]]:
     words = re.findall(r"\w+", text.casefold())
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
@@ -1128,32 +1171,21 @@ def shared_ngrams(articles: Sequence[Article], rows: Rows, n: int = 10) -> tuple
 
 
 def report_overlap(args: argparse.Namespace) -> None:
-    """`data.py overlap`: coverage and shared 10-grams of the chosen articles; with --select, write an arm of them."""
-    if args.out and len(args.task or ()) + bool(args.task_file) > 1:
-        raise InputError("--out holds the arm of one task: name one with --task")
+    """`data.py overlap`: each task's coverage by, and 10-grams shared with, the chosen articles or an arm of them."""
     for task in load_tasks(args):
-        articles, _ = pretraining_articles(args, [task])
-        corpus = load_corpus(args, [task], args.vocab_size, args.max_length)
-        table, tokenizer = corpus.train, corpus.tokenizer
-        task_table = make_table([text for text, _ in task.train], tokenizer, args.max_length, args.runs_dir / "tables", task.name)
-        scores = overlap_scores(table, task_table.tokens, tokenizer.vocab_size)
-        chosen = np.arange(len(table))
-        if args.select == "clean":
-            chosen = np.setdiff1d(chosen, shared_ngrams(articles, task.test)[1])
-        elif args.select:
-            chosen = select_arm(table, scores, [a.wiki for a in articles], args.select, args.count, args.max_length)
-        tokens = np.concatenate([table.tokens[table.offsets[i] : table.offsets[i + 1]] for i in chosen])
+        corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
+        if args.arm in ("shuffled", "unigram"):
+            raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
+        chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
+        table, V = subset(corpus.train, chosen), corpus.tokenizer.vocab_size
+        rows = make_table([text for text, _ in task.train], corpus.tokenizer, args.max_length, args.runs_dir / "tables", f"{task.name}-train")
         share, hits = shared_ngrams([articles[i] for i in chosen], task.test)
-        wikis = Counter(articles[i].wiki or "?" for i in chosen)
-        report = {"task": task.name, "arm": args.select or "all", "articles": len(chosen), "tokens": len(tokens),
-                  "wikis": dict(wikis), "mean_score": float(scores[chosen].mean()),
-                  "coverage": coverage(task_table.tokens, tokens, tokenizer.vocab_size),
-                  "test_rows_sharing_10grams": share, "articles_sharing_10grams": len(hits)}
-        print(json.dumps(report, indent=1))
-        if args.out:
-            with write_atomically(args.out) as raw, gzip.open(raw, "wt", encoding="utf-8") as file:
-                file.writelines(json.dumps(dataclasses.asdict(articles[i]), ensure_ascii=False) + "\n" for i in chosen)
-            print(f"wrote {args.out}")
+        print(json.dumps({
+            "task": task.name, "arm": args.arm or "all", "articles": len(chosen), "tokens": len(table.tokens),
+            "wikis": dict(Counter(articles[i].wiki or "?" for i in chosen)),
+            "mean_score": float(overlap_scores(corpus.train, rows.tokens, V)[chosen].mean()),
+            "coverage": coverage(rows.tokens, table.tokens, V),
+            "test_rows_sharing_10grams": share, "articles_sharing_10grams": len(hits)}, indent=1))
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -1177,6 +1209,11 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--articles-count", type=int, default=0, metavar="N",
                        help="how many to train on (default: all; 20000 with --wiki). Paper: 20000, 40000, 90000")
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one")
+    group.add_argument("--arm", choices=("low", "random", "high", "clean", "shuffled", "unigram"),
+                       help="a part of the articles: --arm-count of low, random or high token overlap with the task's training rows; "
+                            "clean: all that share no 10 words in a row with its test rows; or a control: all, with their tokens shuffled "
+                            "within each text, or drawn from the unigram distribution")
+    group.add_argument("--arm-count", type=int, default=5_000, metavar="N", help="articles of such a part (default %(default)s)")
     group.add_argument("--raw-dir", type=Path, default=Path("data"), metavar="DIR", help="raw downloads (default %(default)s)")
     group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="results (default %(default)s)")
     group = parser.add_argument_group("what is classified")
@@ -1208,21 +1245,23 @@ def list_sources(raw_dir: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", nargs="?", choices=("list", "fetch", "overlap"), default="list",
-                        help="list what is there; fetch the named tasks and articles; overlap: see the flags below")
+    parser.add_argument("action", nargs="?", choices=("list", "fetch", "encode", "overlap"), default="list",
+                        help="list what is there; fetch the named tasks and articles; encode: also train a tokenizer, and make the "
+                             "token tables; overlap: what a task and the articles (or an --arm of them) share")
     parser.add_argument("--preset", choices=("paper", "quick", "smoke"), default="quick", help="rows a class (default quick)")
     add_source_flags(parser)
-    group = parser.add_argument_group("overlap")
-    group.add_argument("--select", choices=("low", "random", "high", "clean"),
-                       help="keep --count articles of low, random or high token overlap with the task; "
-                            "clean: all that share no 10-gram of words with its test rows")
-    group.add_argument("--count", type=int, default=5_000, help="articles in an arm (default %(default)s)")
-    group.add_argument("--out", type=Path, metavar="FILE", help="write the chosen articles to FILE (.jsonl.gz)")
+    group = parser.add_argument_group("encode and overlap")
+    group.add_argument("--out", type=Path, metavar="FILE", help="encode: write the tokenizer to FILE too, for --tokenizer")
     group.add_argument("--vocab-size", type=int, default=8_000, help="of a newly trained tokenizer (default %(default)s)")
     group.add_argument("--max-length", type=int, default=128, help="tokens of an article (default %(default)s)")
     args = parser.parse_args()
     if args.action == "overlap":
         report_overlap(args)
+    elif args.action == "encode":
+        corpus = load_corpus(args, load_tasks(args) if args.task or args.task_file else [], args.vocab_size, args.max_length)
+        if args.out:
+            save_tokenizer(corpus.tokenizer, args.out)
+            print(f"wrote {args.out}")
     elif args.action == "fetch":
         tasks = load_tasks(args)
         articles, held_out = pretraining_articles(args, tasks)

@@ -325,13 +325,18 @@ def load_settings(folder: Path, kind: str) -> dict:
 
 
 def load_checkpoint(folder: Path) -> dict:
-    """The checkpoint of a run folder, on the CPU; tensors and plain values only, nothing is executed."""
+    """The checkpoint of a run folder, on the CPU."""
+    if not (folder / "last.pt").exists():
+        raise InputError(f"{folder}: no last.pt in it; name a run folder, such as runs/pretrain/...")
+    return load_tensors(folder / "last.pt")
+
+
+def load_tensors(path: Path):
+    """What torch.save wrote: tensors and plain values only, nothing is executed."""
     try:
-        return torch.load(folder / "last.pt", map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{folder}: no last.pt in it; name a run folder, such as runs/pretrain/...") from None
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file; all mean the same here
-        raise InputError(f"{folder / 'last.pt'}: a damaged checkpoint ({type(error).__name__}); delete it") from None
+        raise InputError(f"{path}: damaged ({type(error).__name__}); delete it, it is made again") from None
 
 
 # ------------------------------------------------------------------------------------------------- optimizers
@@ -563,11 +568,17 @@ def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: tor
 
 
 @torch.no_grad()
-def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: torch.device | str) -> None:
+def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: torch.device | str, folder: Path) -> None:
     """Token embeddings from count_embeddings, and an output bias from the tokens' frequencies: before its first step the model
-    is at the unigram baseline, and knows which words go together."""
-    V = model.config.vocab_size
-    vectors = std * count_embeddings(table, V, model.config.width, device)
+    is at the unigram baseline, and knows which words go together.
+
+    folder: keeps what was counted, for the next member of the committee.
+    """
+    V, C = model.config.vocab_size, model.config.width
+    if not (path := folder / f"counts-{C}-{table.meta['texts_sha256'][:16]}.pt").exists():
+        with write_atomically(path) as file:
+            torch.save(count_embeddings(table, V, C, device), file)
+    vectors = std * load_tensors(path)
     model.bert.token.weight[FIRST_PIECE:, : vectors.size(1)] = vectors[FIRST_PIECE:]
     model.norm.weight.fill_(model.config.init_std / std)  # the embeddings are the output layer too: logits as small as ever
     seen = torch.from_numpy(np.bincount(table.tokens, minlength=V)[FIRST_PIECE:] + 1.0)
@@ -642,7 +653,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         torch.manual_seed(seed)
         model = MaskedLM(config)
         if recipe.count_start and not (folder / "last.pt").exists():  # a checkpoint holds all that would be counted again
-            start_from_counts(model, corpus.train, recipe.count_start, hardware.device)
+            start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables")
         model.to(hardware.device)
         forward = maybe_compile(model, compiled)
         train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)

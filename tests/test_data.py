@@ -14,7 +14,8 @@ import torch
 
 import data
 from data import (DeviceTable, InputError, batch_order, coverage, load_table, load_tasks, make_table, overlap_scores,
-                  pretraining_articles, read_articles, read_task, read_task_files, sample_task, select_arm, shared_ngrams, text_key)
+                  pretraining_articles, read_articles, read_task, read_task_files, sample_task, scramble, select_arm,
+                  shared_ngrams, subset, text_key)
 from material import articles, small_tokenizer, write_articles, write_raw_folder, write_task_file, write_vital
 from tokenizer import CLS, FIRST_PIECE, PAD, SEP, Tokenizer, train_tokenizer, training_lines
 
@@ -276,6 +277,23 @@ def test_overlap_arms(tmp_path: Path) -> None:
     assert means[0] < means[1] < means[2]
     with pytest.raises(InputError, match="only 80 articles fill 32 tokens"):
         select_arm(table, scores, wikis, "low", 41, 32)
+
+
+def test_controls_without_language(tmp_path: Path) -> None:
+    """Shuffled: each text keeps its tokens; unigram: the table keeps its own. Lengths and special tokens stay in place."""
+    texts = [a["text"] for a in articles(40)]
+    table = make_table(texts, small_tokenizer(), 32, tmp_path, "a")
+    cut = lambda t: [t.tokens[a:b].tolist() for a, b in zip(t.offsets, t.offsets[1:])]  # noqa: E731
+    original = cut(table)
+    for across in (False, True):
+        control = scramble(table, across)
+        got = cut(control)
+        assert got != original and [len(x) for x in got] == [len(x) for x in original] and {(x[0], x[-1]) for x in got} == {(2, 3)}
+        assert Counter(control.tokens.tolist()) == Counter(table.tokens.tolist())
+        assert all(Counter(x) == Counter(y) for x, y in zip(got, original)) == (not across)
+        assert control.meta["texts_sha256"] != table.meta["texts_sha256"]
+    part = subset(table, np.array([3, 7]))
+    assert cut(part) == [original[3], original[7]] and part.meta["texts_sha256"] != table.meta["texts_sha256"]
 
 
 def test_shared_ngrams() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from committee import SoftCommittee
+from committee import SoftCommittee, agreement, calibration_error
 from model import (MODELS, PAD, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand, count_operations,
                    count_parameters, named_config)
 
@@ -94,6 +94,16 @@ def test_batched_committee_is_the_loop(name: str, norm: str, pooling: str) -> No
     with torch.no_grad():
         loop = torch.stack([member(batch) for member in members])
     torch.testing.assert_close(Committee(members)(batch), loop)
+
+
+def test_calibration_and_agreement_by_hand() -> None:
+    """Four rows: two at confidence 0.9, one of them right; two at 0.6, both right."""
+    p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    labels = torch.tensor([0, 1, 1, 1])
+    assert calibration_error(p, labels) == pytest.approx((2 * abs(0.5 - 0.9) + 2 * abs(1 - 0.6)) / 4)
+    assert calibration_error(torch.eye(2), torch.tensor([0, 1])) == 0
+    a, b, c = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 0])
+    assert agreement([a, b, c]) == pytest.approx((0.5 + 1 + 0.5) / 3) and agreement([a]) != agreement([a])
 
 
 def test_mixed_committee_is_the_mean_of_probabilities() -> None:

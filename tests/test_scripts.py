@@ -104,9 +104,28 @@ def test_committee_script(material: Path) -> None:
 
 
 def test_embedded_default_from_the_raw_folder(material: Path) -> None:
-    out = run("committee.py", "--preset", "smoke", "--raw-dir", material / "raw", "--runs-dir", material / "runs-default",
-              "--train-per-class", "5", "--test-per-class", "6", "--members", "2")
-    assert "topics: 3 classes" in out and "next, on the paper's data" in out
+    """In one process, and in two: with as many threads each, the same table."""
+    shown = [run("committee.py", "--preset", "smoke", "--raw-dir", material / "raw", "--runs-dir", material / f"runs-default-{jobs}",
+                 "--train-per-class", "5", "--test-per-class", "6", "--members", "2", "--jobs", jobs) for jobs in ("1", "2")]
+    assert "topics: 3 classes" in shown[0] and "next, on the paper's data" in shown[0] and "2 processes" in shown[1]
+    tables = [re.search(r"^topics: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in shown]
+    assert tables[0] == tables[1]
+
+
+def test_committee_without_a_deep_model(material: Path) -> None:
+    """One cell of a study: some seeds of a shallow model, its gap, its committee."""
+    kept = material / "cell.json"
+    out = run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--deep", "none",
+              "--members", "2", "--out", kept)
+    part = json.loads(kept.read_text(encoding="utf-8"))["tasks"]["fewrel"]
+    assert "bert-6" not in out and set(part["models"]) == {"bert-1"} and len(part["models"]["bert-1"]["scratch"]) == 2
+    assert set(part["quality"]) == {"member", "committee", "agreement"} and 0 <= part["quality"]["agreement"] <= 1
+
+
+def test_bad_input_in_a_process_of_its_own(material: Path) -> None:
+    out = run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--jobs", "2",
+              "--lr", "900", "--warmup", "0", "--clip", "0", "--steps", "40", status=2)
+    assert "lower --lr" in out
 
 
 def test_ablation_script(material: Path) -> None:
@@ -143,11 +162,19 @@ def test_bag_of_words_script(material: Path) -> None:
 
 def test_data_script(material: Path) -> None:
     assert "official size" not in run("data.py", "--raw-dir", material / "nothing") and "MIT" in run("data.py")
-    out = run("data.py", "overlap", *sources(material), "--task", "fewrel", "--vocab-size", "150", "--max-length", "16", "--select", "high",
-              "--count", "20", "--out", material / "high.jsonl.gz")
+    out = run("data.py", "overlap", *sources(material), "--task", "fewrel", "--vocab-size", "150", "--max-length", "16", "--arm", "high",
+              "--arm-count", "20")
     assert '"articles": 20' in out
-    assert "19 " in run("data.py", "fetch", "--articles", material / "high.jsonl.gz", "--task", "fewrel", "--raw-dir", material / "raw",
-                        "--preset", "smoke")
+    assert " 7 held out" in run("data.py", "fetch", *sources(material), "--task", "fewrel")
+    own = material / "shared.model"
+    run("data.py", "encode", *sources(material), "--vocab-size", "150", "--max-length", "16", "--out", own)
+    losses = {}
+    for arm in ("high", "shuffled", "unigram"):
+        out = run("pretrain.py", *sources(material), "--task", "fewrel", "--max-length", "16", "--tokenizer", own, "--arm", arm,
+                  "--arm-count", "20")
+        losses[arm] = re.search(r"held-out loss ([\d.]+) nats \(unigram baseline ([\d.]+)", out).groups()
+    assert len({loss for loss, _ in losses.values()}) == 3, "an arm has no effect"
+    assert losses["shuffled"][1] == losses["unigram"][1], "a control has other frequencies"
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -172,6 +172,31 @@ def test_resume_is_bit_exact(corpus: Corpus, tmp_path: Path, monkeypatch: pytest
     assert results[0]["held_out_loss"] == results[1]["held_out_loss"] and results[0]["train_loss"] == results[1]["train_loss"]
 
 
+def test_time_budget(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training ends with its minutes, on its schedule; an interruption does not lengthen it."""
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=1, time_budget=0.05)
+    original, calls = pretraining.mask_tokens, {"n": 0}
+
+    def interrupt(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(pretraining, "mask_tokens", interrupt)
+    with pytest.raises(SystemExit):
+        pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU)
+    folder = pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert 3.0 <= results["seconds"] < 4.5 and results["steps"] > 40
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    factors = [line["factor"] for line in lines if "factor" in line]
+    assert len(factors) > 20 and max(factors) > 0.9 and factors[-1] < 0.1
+    assert sum("held_out_loss" in line for line in lines) == 5
+    with pytest.raises(InputError, match="counts epochs"):
+        pretraining.checked(dataclasses.replace(recipe, fault_schedule=True))
+
+
 def test_a_run_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> None:
     recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=2)
     folder = pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU, name="mine")
@@ -220,13 +245,22 @@ def test_counting_puts_tokens_that_share_texts_together(tmp_path: Path) -> None:
     assert within > cosine[:20, 20:].mean() + 0.3
 
 
-def test_start_from_counts_is_at_the_unigram_baseline(corpus: Corpus) -> None:
+def test_start_from_counts_is_at_the_unigram_baseline(corpus: Corpus, tmp_path: Path) -> None:
     V = corpus.tokenizer.vocab_size
     torch.manual_seed(0)
     model = MaskedLM(named_config("bert-1", 64, vocab_size=V, max_length=32, norm="pre", dropout=0.0)).eval()
     held_out = DeviceTable(corpus.held_out, CPU.device)
     before = held_out_loss(model, held_out, V, CPU)["held_out_loss"]
-    start_from_counts(model, corpus.train, 0.1, "cpu")
+    start_from_counts(model, corpus.train, 0.1, "cpu", tmp_path)
+    again = MaskedLM(model.config)
+    (kept,) = tmp_path.glob("counts-64-*.pt")
+    stamp = kept.stat().st_mtime_ns
+    start_from_counts(again, corpus.train, 0.1, "cpu", tmp_path)
+    assert kept.stat().st_mtime_ns == stamp, "counted twice"
+    assert torch.equal(again.bert.token.weight[FIRST_PIECE:], model.bert.token.weight[FIRST_PIECE:])
+    kept.write_bytes(b"rubbish")
+    with pytest.raises(InputError, match="delete it"):
+        start_from_counts(again, corpus.train, 0.1, "cpu", tmp_path)
     after = held_out_loss(model, held_out, V, CPU)["held_out_loss"]
     assert before > after + 0.3 and abs(after - unigram_loss(corpus.train, corpus.held_out, V)) < 0.2
     with pytest.raises(InputError, match="16384 is the most"):
