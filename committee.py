@@ -115,9 +115,9 @@ def planned(args: argparse.Namespace, recipe: PretrainRecipe) -> tuple[list[Unit
               for k in range(args.members)] for repeat in range(args.repeats)])
 
 
-def pretrain_unit(unit: Unit, corpus: Corpus, args: argparse.Namespace, hardware: Hardware) -> Path:
+def pretrain_unit(unit: Unit, corpus: Corpus, args: argparse.Namespace, hardware: Hardware, fresh: bool, wait: bool = False) -> Path:
     model, recipe, seed = unit
-    return pretrain(model, recipe, corpus, seed, args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile)
+    return pretrain(model, recipe, corpus, seed, args.runs_dir, hardware, fresh=fresh, compiled=args.compile, wait=wait)
 
 
 def finetune_unit(checkpoint: Path, pretrained: bool, tables: TaskTables, recipe: FinetuneRecipe, args: argparse.Namespace,
@@ -134,39 +134,44 @@ def task_tables(task: Task, checkpoint: Path, args: argparse.Namespace, hardware
     return TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
 
 
-def work(queue: multiprocessing.SimpleQueue, lock: object, threads: int, corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe,
-         args: argparse.Namespace) -> None:
-    """What one of several processes does: take the next model, train it, fine-tune it and its twin on every task."""
-    def units() -> None:
+def work(queue: multiprocessing.SimpleQueue, lock: object, threads: int, units: list[Unit], corpus: Corpus, tasks: list[Task],
+         recipe: FinetuneRecipe, args: argparse.Namespace) -> None:
+    """What one of several processes does: take the next job, (number of a unit, None) for pre-training or (number of a unit, (number
+    of a task, with or without pre-training)), until there is none."""
+    def jobs() -> None:
         torch.set_num_threads(threads)
         tqdm.set_lock(lock)
         hardware = choose_hardware(args.device, args.dtype)
-        while (unit := queue.get()) is not None:
-            checkpoint = pretrain_unit(unit, corpus, args, hardware)
-            for task in tasks:
-                tables = task_tables(task, checkpoint, args, hardware)
-                for pretrained in (True, False):
-                    finetune_unit(checkpoint, pretrained, tables, recipe, args, hardware)
+        while (job := queue.get()) is not None:
+            number, then = job
+            checkpoint = pretrain_unit(units[number], corpus, args, hardware, fresh=args.fresh and not then, wait=True)
+            if then:
+                tables = task_tables(tasks[then[0]], checkpoint, args, hardware)
+                finetune_unit(checkpoint, then[1], tables, recipe, args, hardware)
 
-    run_script(units)
+    run_script(jobs)
 
 
-def train_in_parallel(jobs: int, units: Sequence[Unit], *material) -> None:
-    """Train the units in `jobs` processes, which share the threads: models this small do not know what to do with two.
+def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, tasks: list[Task], *material) -> None:
+    """Pre-train the units, then fine-tune each and its twin on every task, in several processes, which share the threads:
+    models this small do not know what to do with two. The first units are begun first, and should be the slowest.
 
-    A signal is passed on: each process saves its checkpoint and ends, and so does this one.
+    material: as work takes it. A signal is passed on: each process saves its checkpoint and ends, and so does this one.
     """
+    jobs = [(unit, None) for unit in range(len(units))]
+    jobs += [(unit, (task, pretrained)) for unit in range(len(units)) for task in range(len(tasks)) for pretrained in (True, False)]
     context = multiprocessing.get_context("spawn")
     queue, lock = context.SimpleQueue(), context.RLock()
     processes = []
     with stop_signals() as stop:
-        for line in range(jobs):
+        for line in range(processes_wanted):
             os.environ["TQDM_POSITION"] = str(line)  # read by tqdm in the new process: a line for each bar
-            processes.append(context.Process(target=work, args=(queue, lock, max(1, torch.get_num_threads() // jobs), *material)))
+            processes.append(context.Process(target=work, args=(
+                queue, lock, max(1, torch.get_num_threads() // processes_wanted), units, corpus, tasks, *material)))
             processes[-1].start()
         del os.environ["TQDM_POSITION"]
-        for unit in [*units, *[None] * jobs]:
-            queue.put(unit)
+        for job in [*jobs, *[None] * processes_wanted]:
+            queue.put(job)
         while alive := [p for p in processes if p.is_alive()]:
             if stop or any(p.exitcode for p in processes):
                 for process in alive:
@@ -315,8 +320,8 @@ def main() -> None:
         print(f"{jobs} processes with {max(1, torch.get_num_threads() // jobs)} threads each", flush=True)
         train_in_parallel(jobs, units, corpus, tasks, finetune_recipe, args)
         args.fresh = False  # all there is, is new
-    deep_runs = [pretrain_unit(unit, corpus, args, hardware) for unit in deep]
-    member_runs = [[pretrain_unit(unit, corpus, args, hardware) for unit in group] for group in members]
+    deep_runs = [pretrain_unit(unit, corpus, args, hardware, args.fresh) for unit in deep]
+    member_runs = [[pretrain_unit(unit, corpus, args, hardware, args.fresh) for unit in group] for group in members]
     results = {task.name: judge_task(task, deep_runs, member_runs, finetune_recipe, args, hardware) for task in tasks}
 
     latency = results[tasks[0].name][1]

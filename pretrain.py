@@ -242,17 +242,18 @@ class Run:
     """A run folder: config.json, log.jsonl, last.pt, tokenizer.model, results.json. A context manager, which holds the
     folder's lock: two processes never train in one folder.
 
-    settings: everything that decides the result. A folder with other settings is refused, unless fresh.
+    settings: everything that decides the result. A folder with other settings is refused, unless fresh. One in which another
+    process trains is refused, unless wait.
     """
 
-    def __init__(self, folder: Path, settings: dict, tokenizer: Tokenizer, fresh: bool = False) -> None:
-        self.folder, self.tokenizer, self.fresh = folder, tokenizer, fresh
+    def __init__(self, folder: Path, settings: dict, tokenizer: Tokenizer, fresh: bool = False, wait: bool = False) -> None:
+        self.folder, self.tokenizer, self.fresh, self.wait = folder, tokenizer, fresh, wait
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as they will be when read back
         self.results: dict | None = None
 
     def __enter__(self) -> Run:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = file_lock(self.folder / "lock", wait=False)
+        self.lock = file_lock(self.folder / "lock", wait=self.wait)
         self.lock.__enter__()
         if self.fresh:
             for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
@@ -632,8 +633,11 @@ def held_out_loss(model: Callable, table: DeviceTable, vocab_size: int, hardware
 
 
 def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int, runs_dir: Path, hardware: Hardware, *,
-             name: str = "", fresh: bool = False, compiled: bool = False) -> Path:
-    """Pre-train a named model on the corpus and return its run folder; a finished run is not trained again."""
+             name: str = "", fresh: bool = False, compiled: bool = False, wait: bool = False) -> Path:
+    """Pre-train a named model on the corpus and return its run folder; a finished run is not trained again.
+
+    wait: if another process is training it, until that has ended.
+    """
     vocab_size = corpus.tokenizer.vocab_size
     try:
         config = named_config(
@@ -647,7 +651,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "dtype": str(hardware.dtype), "tokenizer": corpus.tokenizer.hash,
                 "articles": corpus.train.meta["texts_sha256"], "held_out": corpus.held_out.meta["texts_sha256"]}
     folder = runs_dir / "pretrain" / (name or f"{model_name}-seed{seed}-{settings_hash(settings)}")
-    with Run(folder, settings, corpus.tokenizer, fresh) as run:
+    with Run(folder, settings, corpus.tokenizer, fresh, wait) as run:
         if run.results:
             return folder
         torch.manual_seed(seed)
