@@ -339,7 +339,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir")}
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
-                            ("held_out_loss", "held_out_accuracy", "unigram_loss", "tokens", "seconds")}
+                            ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}
                    for c in [*deep_runs, *sum(member_runs, [])]}
     record = result_record(settings, seconds, tasks={name: part for name, (part, _) in results.items()}, latency_ms=latency,
                            price=prices, pretraining=pretraining, hardware=hardware.reason)

@@ -904,8 +904,10 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
 def load_tasks(args: argparse.Namespace) -> list[Task]:
     """The tasks that the command line names, read, sampled and split. With --tune, the test part is a fifth of the
     training rows, and the real test rows stay unseen: that is where choices are made."""
-    tasks = []
-    for name in args.task or ([] if args.task_file else ["topics"]):
+    names, tasks = args.task or ([] if args.task_file else ["topics"]), []
+    if args.prepared:  # their rows were drawn when the folder was made
+        tasks, names = prepared_tasks(args.prepared, names), []
+    for name in names:
         train, test = TASKS[name].rows[args.preset]
         tasks.append(sample_task(
             name, *read_task(name, args.raw_dir, args.entity_markers), min_class_size=args.min_class_size,
@@ -1046,6 +1048,8 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
     if not args.arm:
         return corpus
+    if args.prepared and args.arm not in ("shuffled", "unigram"):
+        raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one of them out")
     if args.arm in ("shuffled", "unigram"):
         return dataclasses.replace(corpus, train=scramble(corpus.train, across_texts=args.arm == "unigram"))
     arm = subset(corpus.train, arm_of_articles(args, tasks, corpus, articles))
@@ -1054,7 +1058,10 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
 
 
 def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> tuple[Corpus, list[Article]]:
-    """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir."""
+    """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir.
+    With --prepared there are no articles, only their tokens."""
+    if args.prepared:
+        return load_prepared(args.prepared, args.articles_count, max_length), []
     articles, held_out = pretraining_articles(args, tasks)
     if args.tokenizer:
         tokenizer = Tokenizer.load(args.tokenizer)
@@ -1074,11 +1081,51 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
     return Corpus(tokenizer, train, held), articles
 
 
+def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
+    """All that training needs in one folder, for a machine without the raw data (--prepared): tokenizer, token tables, tasks."""
+    if folder.exists():
+        raise InputError(f"--out {folder}: is there already; name a new folder, or delete it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepared-") as temporary:
+        part = Path(temporary) / "prepared"
+        save_tokenizer(corpus.tokenizer, part / "tokenizer.model")
+        for name, table in (("articles", corpus.train), ("held-out", corpus.held_out)):
+            (part / name).mkdir()
+            (part / name / "tokens.bin").write_bytes(table.tokens.astype("<u2").tobytes())
+            np.save(part / name / "offsets.npy", table.offsets.astype("<i8"))
+            (part / name / "meta.json").write_text(json.dumps(table.meta, indent=1), encoding="utf-8")
+        with gzip.open(part / "tasks.json.gz", "wt", encoding="utf-8") as file:
+            json.dump([{"name": t.name, "classes": t.classes, "train": t.train, "test": t.test, "note": t.note} for t in tasks], file)
+        os.replace(part, folder)
+
+
+def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:
+    """What save_prepared wrote; of the articles the first `count` (0: all), as nested as --articles-count always is."""
+    corpus = Corpus(Tokenizer.load(folder / "tokenizer.model"), load_table(folder / "articles"), load_table(folder / "held-out"))
+    if not 0 <= count <= len(corpus.train) or max_length != corpus.train.meta["max_length"]:
+        raise InputError(f"--prepared {folder}: holds {len(corpus.train)} articles of {corpus.train.meta['max_length']} tokens, "
+                         f"--articles-count {count} of --max-length {max_length} are asked for")
+    return dataclasses.replace(corpus, train=subset(corpus.train, np.arange(count))) if count else corpus
+
+
+def prepared_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
+    try:
+        with gzip.open(folder / "tasks.json.gz", "rt", encoding="utf-8") as file:
+            tasks = {t["name"]: Task(**{**t, "train": [tuple(r) for r in t["train"]], "test": [tuple(r) for r in t["test"]]})
+                     for t in json.load(file)}
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise InputError(f"{folder / 'tasks.json.gz'}: cannot be read ({error}); make the folder again, data.py encode --out") from None
+    if missing := [name for name in names if name not in tasks]:
+        raise InputError(f"--prepared {folder}: was made without task {missing[0]}; there are {', '.join(tasks) or 'none'}")
+    return [tasks[name] for name in names]
+
+
 def subset(table: TokenTable, texts: np.ndarray) -> TokenTable:
     """Some texts of a table, by their indices."""
     tokens = np.concatenate([table.tokens[table.offsets[i] : table.offsets[i + 1]] for i in texts])
     digest = hashlib.sha256(table.meta["texts_sha256"].encode() + texts.astype("<i8").tobytes()).hexdigest()
-    return TokenTable(tokens, np.concatenate([[0], np.cumsum(table.lengths[texts])]), {**table.meta, "texts_sha256": digest})
+    offsets = np.concatenate([[0], np.cumsum(table.lengths[texts])])
+    return TokenTable(tokens, offsets, {**table.meta, "texts": len(texts), "tokens": len(tokens), "texts_sha256": digest})
 
 
 def scramble(table: TokenTable, across_texts: bool) -> TokenTable:
@@ -1214,6 +1261,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
                             "clean: all that share no 10 words in a row with its test rows; or a control: all, with their tokens shuffled "
                             "within each text, or drawn from the unigram distribution")
     group.add_argument("--arm-count", type=int, default=5_000, metavar="N", help="articles of such a part (default %(default)s)")
+    group.add_argument("--prepared", type=Path, metavar="DIR", help="tokenizer, token tables and tasks as `data.py encode --out DIR` left "
+                       "them, for a machine without the raw data; instead of all other sources")
     group.add_argument("--raw-dir", type=Path, default=Path("data"), metavar="DIR", help="raw downloads (default %(default)s)")
     group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="results (default %(default)s)")
     group = parser.add_argument_group("what is classified")
@@ -1251,16 +1300,18 @@ def main() -> None:
     parser.add_argument("--preset", choices=("paper", "quick", "smoke"), default="quick", help="rows a class (default quick)")
     add_source_flags(parser)
     group = parser.add_argument_group("encode and overlap")
-    group.add_argument("--out", type=Path, metavar="FILE", help="encode: write the tokenizer to FILE too, for --tokenizer")
+    group.add_argument("--out", type=Path, metavar="DIR", help="encode: keep tokenizer, token tables and tasks in the new folder DIR, for "
+                       "--prepared (and DIR/tokenizer.model for --tokenizer)")
     group.add_argument("--vocab-size", type=int, default=8_000, help="of a newly trained tokenizer (default %(default)s)")
     group.add_argument("--max-length", type=int, default=128, help="tokens of an article (default %(default)s)")
     args = parser.parse_args()
     if args.action == "overlap":
         report_overlap(args)
     elif args.action == "encode":
-        corpus = load_corpus(args, load_tasks(args) if args.task or args.task_file else [], args.vocab_size, args.max_length)
+        tasks = load_tasks(args) if args.task or args.task_file else []
+        corpus = load_corpus(args, tasks, args.vocab_size, args.max_length)
         if args.out:
-            save_tokenizer(corpus.tokenizer, args.out)
+            save_prepared(args.out, corpus, tasks)
             print(f"wrote {args.out}")
     elif args.action == "fetch":
         tasks = load_tasks(args)

@@ -21,7 +21,7 @@ from tokenizer import CLS, FIRST_PIECE, PAD, SEP, Tokenizer, train_tokenizer, tr
 
 
 def arguments(**changes) -> argparse.Namespace:
-    defaults = dict(articles=None, wiki=None, articles_count=0, tokenizer=None, raw_dir=Path("none"), runs_dir=Path("none"), task=None,
+    defaults = dict(articles=None, wiki=None, articles_count=0, tokenizer=None, prepared=None, arm=None, arm_count=20, raw_dir=Path("none"), runs_dir=Path("none"), task=None,
                     task_file=None, train_per_class=None, test_per_class=None, min_class_size=0, entity_markers=False, tune=False,
                     preset="quick")
     return argparse.Namespace(**{**defaults, **changes})

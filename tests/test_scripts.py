@@ -144,7 +144,7 @@ def test_ablation_never_sees_a_test_row(material: Path) -> None:
     sys.path.insert(0, str(ROOT / "results"))
     import ablate
 
-    args = argparse.Namespace(task=["topics"], task_file=None, raw_dir=material / "raw", entity_markers=False, preset="smoke", tune=False,
+    args = argparse.Namespace(task=["topics"], task_file=None, raw_dir=material / "raw", prepared=None, entity_markers=False, preset="smoke", tune=False,
                               min_class_size=0, train_per_class=5, test_per_class=5, tuning_rows=4)
     (real,) = load_tasks(args)
     task = ablate.tuning_task(real, args)
@@ -166,8 +166,11 @@ def test_data_script(material: Path) -> None:
               "--arm-count", "20")
     assert '"articles": 20' in out
     assert " 7 held out" in run("data.py", "fetch", *sources(material), "--task", "fewrel")
-    own = material / "shared.model"
-    run("data.py", "encode", *sources(material), "--vocab-size", "150", "--max-length", "16", "--out", own)
+    prepared = material / "prepared"
+    own = prepared / "tokenizer.model"
+    encode = ["data.py", "encode", *sources(material), "--vocab-size", "150", "--max-length", "16", "--task", "fewrel", "--out", prepared]
+    run(*encode)
+    assert "is there already" in run(*encode, status=2)
     losses = {}
     for arm in ("high", "shuffled", "unigram"):
         out = run("pretrain.py", *sources(material), "--task", "fewrel", "--max-length", "16", "--tokenizer", own, "--arm", arm,
@@ -175,6 +178,14 @@ def test_data_script(material: Path) -> None:
         losses[arm] = re.search(r"held-out loss ([\d.]+) nats \(unigram baseline ([\d.]+)", out).groups()
     assert len({loss for loss, _ in losses.values()}) == 3, "an arm has no effect"
     assert losses["shuffled"][1] == losses["unigram"][1], "a control has other frequencies"
+    elsewhere = ["--preset", "smoke", "--raw-dir", material / "nothing", "--runs-dir", material / "runs-elsewhere", "--prepared", prepared]
+    both = [run("committee.py", *source, "--max-length", "16", "--task", "fewrel", "--articles-count", "100", "--deep", "none", "--members", "1")
+            for source in (elsewhere, [*sources(material), "--tokenizer", own])]
+    tables = [re.search(r"^fewrel: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in both]
+    assert tables[0] == tables[1], "a prepared folder gives another result than the files it was made from"
+    for flags, message in ((["--max-length", "32"], "holds 143 articles of 16 tokens"), (["--max-length", "16", "--articles-count", "9999"], "9999"),
+                           (["--max-length", "16", "--arm", "clean"], "holds tokens alone"), (["--max-length", "16", "--task", "agnews"], "without task")):
+        assert message in run("committee.py", *elsewhere, "--task", "fewrel", *flags, status=2)
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -1,0 +1,289 @@
+"""Redraws every figure and every table of the study from results/study/*.json: nothing in README's results is typed by hand.
+
+    python results/figures.py                 rewrites README.md between its study markers, and results/figures/*.png
+
+Without matplotlib (tests/requirements.txt) the tables are still written. A cell that has not been run is "not yet measured".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from data import run_script, write_atomically  # noqa: E402
+from finetune import mean_and_interval  # noqa: E402
+
+MISSING = "not yet measured"
+TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
+SIZES = (5_000, 20_000, 40_000, 90_000)
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito's, safe for the colour-blind
+
+
+class Cell:
+    """One results.json of committee.py, as the study's cells keep it."""
+
+    def __init__(self, record: dict) -> None:
+        self.record, self.tasks = record, record["tasks"]
+
+    def accuracies(self, task: str, model: str, kind: str) -> list[float]:
+        """Of each pre-training seed, in %."""
+        return [100 * x for x in self.tasks[task]["models"][model][kind]]
+
+    def gaps(self, task: str, model: str) -> list[float]:
+        """Pre-trained minus from scratch, in points, seed by seed."""
+        return [a - b for a, b in zip(self.accuracies(task, model, "pretrained"), self.accuracies(task, model, "scratch"))]
+
+    def losses(self, model: str) -> list[float]:
+        return [run["held_out_loss"] for name, run in self.record["pretraining"].items() if name.rpartition("-seed")[0] == model]
+
+
+def load(folder: Path) -> dict[str, Cell]:
+    return {path.stem: Cell(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))}
+
+
+def with_interval(values: Sequence[float], sign: bool = False, digits: int = 1) -> str:
+    """Mean and half-width of the 95 % t-interval."""
+    mean, half = mean_and_interval(values)
+    return f"{mean:{'+' if sign else ''}.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else " (one seed)")
+
+
+def difference(values: Sequence[float], unit: str = "points") -> str:
+    """A mean difference with its interval, and what that allows to say."""
+    mean, half = mean_and_interval(values)
+    if len(values) < 2:
+        return f"{mean:+.1f} {unit} (one seed)"
+    verdict = "" if abs(mean) > half else ", within noise"
+    return f"{mean:+.1f} {unit} ({mean - half:+.1f} to {mean + half:+.1f}{verdict})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def slopes(cells: Sequence[Cell], sizes: Sequence[int], task: str, model: str) -> list[float]:
+    """Points of gap for each doubling of the articles, seed by seed: the slope of a straight line."""
+    gaps = np.array([cell.gaps(task, model) for cell in cells])  # (sizes, seeds)
+    return list(np.polyfit(np.log2(sizes), gaps, 1)[0])
+
+
+# --------------------------------------------------------------------------------------------------- the tables
+def claim_1(cells: dict[str, Cell]) -> str:
+    rows, verdicts = [], []
+    for task, title in TASKS.items():
+        for model in ("bert-6", "bert-1"):
+            row = [title, model]
+            if "c1" in cells:
+                c = cells["c1"]
+                values = [c.accuracies(task, model, kind) for kind in ("pretrained", "scratch")]
+                row += [str(len(values[0])), *map(with_interval, values), with_interval(c.gaps(task, model), sign=True)]
+                verdicts.append(f"{title}, {model} {difference(c.gaps(task, model))}")
+            else:
+                row += ["", MISSING, "", ""]
+            rows.append(row)
+    text = table(["task", "model", "seeds", "pre-trained, %", "from scratch, %", "gap, points"], rows)
+    if "clean" in cells:
+        parts = "; ".join(f"{TASKS[t]} {difference(cells['clean'].gaps(t, 'bert-1'))}" for t in cells["clean"].tasks)
+        text += f"\n\nWithout the articles that share ten words in a row with a test row, BERT-1: {parts}."
+    return text + (f"\n\nPre-training is worth: {'; '.join(verdicts)}." if verdicts else "")
+
+
+def claim_2(cells: dict[str, Cell]) -> str:
+    rows, verdicts = [], []
+    for kind, title in (("steps", "equal steps"), ("passes", "two passes")):
+        there = {n: cells[f"c2-{kind}-{n}"] for n in SIZES if f"c2-{kind}-{n}" in cells}
+        for n in SIZES:
+            row = [title, f"{n:,}"]
+            if n in there:
+                c = there[n]
+                steps = {run["steps"] for run in c.record["pretraining"].values()}
+                row += ["/".join(f"{s:,}" for s in steps), with_interval(c.losses("bert-1"), digits=2),
+                        with_interval(c.accuracies("fewrel", "bert-1", "pretrained")), with_interval(c.gaps("fewrel", "bert-1"), sign=True)]
+            else:
+                row += ["", MISSING, "", ""]
+            rows.append(row)
+        if len(there) > 2:
+            verdicts.append(f"{title}: {difference(slopes(list(there.values()), list(there), 'fewrel', 'bert-1'), 'points a doubling')}")
+    text = table(["", "articles", "steps", "held-out loss, nats", "FewRel, pre-trained, %", "gap, points"], rows)
+    return text + (f"\n\nThe gap's slope, BERT-1: {'; '.join(verdicts)}." if verdicts else "")
+
+
+def claim_3(cells: dict[str, Cell]) -> str:
+    rows, verdicts = [], []
+    for task in ("fewrel", "agnews"):
+        for arm in ("low", "random", "high"):
+            row = [TASKS[task], arm]
+            if c := cells.get(f"c3-{task}-{arm}"):
+                row += [with_interval(c.losses("bert-1"), digits=2), with_interval(c.accuracies(task, "bert-1", "pretrained")),
+                        with_interval(c.gaps(task, "bert-1"), sign=True)]
+            else:
+                row += [MISSING, "", ""]
+            rows.append(row)
+        low, high = (cells.get(f"c3-{task}-{arm}") for arm in ("low", "high"))
+        if low and high:
+            verdicts.append(f"{TASKS[task]} {difference([a - b for a, b in zip(high.gaps(task, 'bert-1'), low.gaps(task, 'bert-1'))])}")
+    text = table(["task", "overlap", "held-out loss, nats", "pre-trained, %", "gap, points"], rows)
+    return text + (f"\n\nHigh minus low overlap, BERT-1: {'; '.join(verdicts)}." if verdicts else "")
+
+
+def claim_4(cells: dict[str, Cell]) -> str:
+    c = cells.get("c4")
+    if not c:
+        return table(["task", "committee of", "accuracy, %"], [["", "", MISSING]])
+    rows = []
+    for task, title in TASKS.items():
+        part = c.tasks[task]
+        (votes,) = part["committee"]["bert-1"]
+        deep = c.accuracies(task, "bert-6", "pretrained")[0]
+        quality = part["quality"]
+        reached = next((str(k) for k, v in enumerate(votes, 1) if 100 * v >= deep), "not reached")
+        rows.append([title, f"{deep:.1f}", *(f"{100 * v:.1f}" for v in votes), reached, f"{100 * quality['agreement']:.0f}",
+                     *(f"{quality[k]:.3f}" for k in ("deep", "member", "committee"))])
+    text = table(["task", "bert-6, %", *(f"{k} bert-1" for k in range(1, len(votes) + 1)), "level with bert-6 from", "agreement, %",
+                  "calibration error: bert-6", "member", "committee"], rows)
+    name = f"committee-{len(votes)}"
+    latency, price = c.record["latency_ms"], c.record["price"]
+    rows = [[m, f"{latency[m]['median']:.2f} ({latency[m]['p10']:.2f}-{latency[m]['p90']:.2f})", f"{latency[m]['texts_per_s']:.0f}",
+             f"{price[m]['parameters'] / 1e6:.2f}", f"{price[m]['operations'] / 1e6:.0f}"] for m in ("bert-6", "member", name)]
+    return text + "\n\n" + table(["", "ms a text, median (10-90 %)", "texts/s in batches of 64", "M parameters", "M operations a text"], rows)
+
+
+def controls(cells: dict[str, Cell]) -> str:
+    arms = {"c2-steps-90000": "pre-training as it is", "control-counts": "the start from counts, not a step of training",
+            "control-plain": "neither start: masked language modelling alone", "control-shuffled": "tokens shuffled within each article",
+            "control-unigram": "tokens drawn from the unigram distribution"}
+    rows = []
+    for name, title in arms.items():
+        if c := cells.get(name):
+            rows.append([title, with_interval(c.losses("bert-1"), digits=2), with_interval(c.accuracies("fewrel", "bert-1", "pretrained")),
+                         with_interval(c.gaps("fewrel", "bert-1"), sign=True)])
+        else:
+            rows.append([title, MISSING, "", ""])
+    return table(["BERT-1, 90,000 articles", "held-out loss, nats", "FewRel, %", "gap, points"], rows)
+
+
+def grid(cells: dict[str, Cell]) -> str:
+    rows = []
+    for labels in (5, 20, 100, 624):
+        row = [str(labels)]
+        small, large = (cells.get(f"c2-steps-{n}" if labels == 100 else f"grid-{labels}-{n}") for n in (5_000, 90_000))
+        row.append(with_interval(large.accuracies("fewrel", "bert-1", "scratch")) if large else MISSING)
+        for c in (small, large):
+            row.append(f"{with_interval(c.accuracies('fewrel', 'bert-1', 'pretrained'))}; gap {with_interval(c.gaps('fewrel', 'bert-1'), sign=True)}"
+                       if c else MISSING)
+        rows.append(row)
+    return table(["labels a class", "from scratch, %", "5,000 articles, %", "90,000 articles, %"], rows)
+
+
+# -------------------------------------------------------------------------------------------------- the figures
+def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
+    """PNG files of what there is to draw; none without matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print("no matplotlib here (tests/requirements.txt has it): tables are written, figures are not drawn")
+        return []
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130, "savefig.bbox": "tight"})
+    folder.mkdir(parents=True, exist_ok=True)
+    made: list[Path] = []
+
+    def save(figure, name: str) -> None:
+        made.append(folder / f"{name}.png")
+        figure.savefig(made[-1], metadata={"Software": None})
+        plt.close(figure)
+
+    def points(axes, x: float, values: Sequence[float], colour: str, marker: str, label: str | None = None) -> None:
+        mean, half = mean_and_interval(values)
+        axes.errorbar(x, mean, yerr=0 if math.isnan(half) else half, color=colour, marker=marker, markersize=7, capsize=4, label=label)
+
+    if c := cells.get("c1"):
+        figure, axes = plt.subplots(figsize=(7, 4))
+        places = [(t, m) for t in TASKS for m in ("bert-6", "bert-1")]
+        for x, (task, model) in enumerate(places):
+            for shift, kind, colour, marker, label in ((-0.08, "scratch", ORANGE, "o", "from scratch"), (0.08, "pretrained", BLUE, "s", "pre-trained")):
+                points(axes, x + shift, c.accuracies(task, model, kind), colour, marker, label if x == 0 else None)
+        axes.set_xticks(range(len(places)), [f"{TASKS[t]}\n{m}" for t, m in places])
+        axes.set(ylabel="test accuracy, %", title="C1: with and without pre-training")
+        axes.legend(frameon=False)
+        save(figure, "c1")
+    lines = {kind: [(n, cells[f"c2-{kind}-{n}"]) for n in SIZES if f"c2-{kind}-{n}" in cells] for kind in ("steps", "passes")}
+    if any(len(x) > 1 for x in lines.values()):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4))
+        for kind, colour, marker, label in (("steps", BLUE, "s", "equal steps"), ("passes", ORANGE, "o", "two passes")):
+            for axes, value in ((left, lambda c: c.losses("bert-1")), (right, lambda c: c.gaps("fewrel", "bert-1"))):
+                axes.plot([n for n, _ in lines[kind]], [np.mean(value(c)) for _, c in lines[kind]], color=colour)
+                for i, (n, c) in enumerate(lines[kind]):
+                    points(axes, n, value(c), colour, marker, label if i == 0 else None)
+        for axes in (left, right):
+            axes.set_xscale("log")
+            axes.set_xticks(SIZES, [f"{n // 1000}k" for n in SIZES])
+            axes.minorticks_off()
+            axes.set_xlabel("pre-training articles")
+        left.set(ylabel="held-out loss, nats", title="C2: language, BERT-1")
+        right.set(ylabel="gap on FewRel, points", title="C2: what it is worth")
+        right.axhline(0, color=GREY, linewidth=1)
+        left.legend(frameon=False)
+        save(figure, "c2")
+    arms = [(task, arm, cells[f"c3-{task}-{arm}"]) for task in ("fewrel", "agnews") for arm in ("low", "random", "high") if f"c3-{task}-{arm}" in cells]
+    if arms:
+        figure, axes = plt.subplots(figsize=(6, 4))
+        for x, (task, arm, c) in enumerate(arms):
+            points(axes, x, c.gaps(task, "bert-1"), BLUE if task == "fewrel" else ORANGE, "s" if task == "fewrel" else "o")
+        axes.set_xticks(range(len(arms)), [f"{TASKS[t]}\n{a}" for t, a, _ in arms])
+        axes.axhline(0, color=GREY, linewidth=1)
+        axes.set(ylabel="gap, points", title="C3: token overlap of the articles with the task, BERT-1")
+        save(figure, "c3")
+    if c := cells.get("c4"):
+        figure, panels = plt.subplots(1, 3, figsize=(11, 3.6))
+        for axes, (task, title) in zip(panels, TASKS.items()):
+            (votes,) = c.tasks[task]["committee"]["bert-1"]
+            axes.plot(range(1, len(votes) + 1), [100 * v for v in votes], color=BLUE, marker="s", label="committee of K bert-1")
+            axes.axhline(c.accuracies(task, "bert-6", "pretrained")[0], color=ORANGE, linestyle="--", label="bert-6")
+            axes.set(xlabel="members K", title=title, xticks=range(1, len(votes) + 1))
+        panels[0].set_ylabel("test accuracy, %")
+        panels[0].legend(frameon=False)
+        figure.suptitle("C4: the soft committee against the deep model", y=1.03)
+        save(figure, "c4")
+    return made
+
+
+SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid}
+
+
+def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:
+    """README with what stands between <!--study:NAME--> and <!--end--> made anew."""
+    for name, section in SECTIONS.items():
+        start, end = f"<!--study:{name}-->", "<!--end-->"
+        before, found, rest = readme.partition(start)
+        if found:
+            picture = f"![{name}](results/figures/{name}.png)\n\n" if name in pictures else ""
+            readme = f"{before}{start}\n{picture}{section(cells)}\n{end}{rest.partition(end)[2]}"
+    return readme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", type=Path, default=HERE / "study", metavar="DIR", help="the cells' JSON files (default results/study)")
+    parser.add_argument("--figures", type=Path, default=HERE / "figures", metavar="DIR", help="where to draw (default results/figures)")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE", help="what to rewrite (default README.md)")
+    args = parser.parse_args()
+    cells = load(args.study)
+    made = draw(cells, args.figures)
+    text = rewrite(args.readme.read_text(encoding="utf-8"), cells, {path.stem for path in made or args.figures.glob("*.png")})
+    with write_atomically(args.readme) as file:
+        file.write(text.encode("utf-8"))
+    print(f"{len(cells)} cells; {len(made)} figures; {args.readme} rewritten")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,94 @@
+"""The study's plan, its commands, and the tables and figures made of its results."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune import mean_and_interval
+from material import write_articles, write_raw_folder
+from test_scripts import ROOT, run
+
+sys.path.insert(0, str(ROOT / "results"))
+import figures  # noqa: E402
+import plan  # noqa: E402
+
+
+def cell(gap: float, tasks: tuple[str, ...] = ("fewrel",), deep: bool = False, loss: float = 5.0) -> dict:
+    """A record like committee.py's, with three pre-training seeds."""
+    scratch = [0.40, 0.41, 0.42]
+    values = {"pretrained": [s + gap + 0.01 * i for i, s in enumerate(scratch)], "scratch": scratch}
+    models = {"bert-1": values, **({"bert-6": values} if deep else {})}
+    part = {"models": models, "committee": {"bert-1": [[0.5, 0.55, 0.6]]}, "quality": {"deep": 0.1, "member": 0.2, "committee": 0.05, "agreement": 0.7}}
+    timing = {"median": 2.0, "p10": 1.0, "p90": 3.0, "texts_per_s": 100.0}
+    names = ("bert-6", "member", "committee-3")
+    return {"tasks": {t: part for t in tasks}, "latency_ms": {n: timing for n in names},
+            "price": {n: {"parameters": 1e6, "operations": 2e6} for n in names},
+            "pretraining": {f"{m}-seed{s}-abc": {"held_out_loss": loss, "steps": 7} for m in models for s in range(3)}}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    for name, record in {"c2-steps-5000": cell(0.0), "c2-steps-20000": cell(0.02), "c2-steps-40000": cell(0.03), "c1": cell(0.1, figures.TASKS, True),
+                         "c4": cell(0.1, figures.TASKS, True), "c3-agnews-low": cell(0.01, ("agnews",)), "c3-agnews-high": cell(0.05, ("agnews",)),
+                         "control-counts": cell(0.0, loss=6.4)}.items():
+        (folder / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    return folder
+
+
+def test_tables_and_figures(study: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n" + "\n".join(f"<!--study:{name}-->\nold\n<!--end-->\nbetween" for name in figures.SECTIONS), encoding="utf-8")
+    run("results/figures.py", "--study", study, "--figures", tmp_path / "figures", "--readme", readme)
+    text = readme.read_text(encoding="utf-8")
+    assert "old" not in text and text.count("between") == len(figures.SECTIONS) and text.startswith("before")
+    assert "| FewRel | bert-6 | 3 | 52.0 ± 5.0 | 41.0 ± 2.5 | +11.0 ± 2.5 |" in text  # gaps 10, 11, 12: 11 ± 4.303 / sqrt(3)
+    assert "| equal steps | 90,000 |  | not yet measured |" in text
+    assert "AG News +4.0 points" in text and "level with bert-6 from" in text
+    again = figures.rewrite(text, figures.load(study), {p.stem for p in (tmp_path / "figures").glob("*.png")})
+    assert again == text, "a second time changes something"
+    pytest.importorskip("matplotlib")
+    assert {p.stem for p in (tmp_path / "figures").glob("*.png")} == {"c1", "c2", "c3", "c4"}
+    assert all(p.read_bytes().startswith(b"\x89PNG") and f"results/figures/{p.name}" in text for p in (tmp_path / "figures").glob("*.png"))
+
+
+def test_slope_is_per_doubling_and_differences_say_when_they_are_noise(study: Path) -> None:
+    cells = figures.load(study)
+    values = figures.slopes([cells["c2-steps-20000"], cells["c2-steps-40000"]], (20_000, 40_000), "fewrel", "bert-1")
+    assert values == pytest.approx([1.0, 1.0, 1.0])
+    assert "within noise" in figures.difference([1.0, -1.0, 0.5]) and "within noise" not in figures.difference([1.0, 1.1, 0.9])
+    mean, half = mean_and_interval([1.0, 1.1, 0.9])
+    assert figures.difference([1.0, 1.1, 0.9]) == f"{mean:+.1f} points ({mean - half:+.1f} to {mean + half:+.1f})"
+
+
+def test_plan_is_what_the_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "HERE", tmp_path)
+    plan.trained.clear()
+    plan.main()
+    for name in ("plan.json", "reproduce.sh"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (ROOT / "results" / name).read_text(encoding="utf-8"), f"run results/plan.py: {name}"
+    record = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert record["minutes_predicted"] <= 360
+    assert record["minutes_predicted"] == pytest.approx(sum(c["minutes"] for c in record["cells"]), abs=1)
+
+
+def test_the_commands_of_the_study_run(tmp_path: Path) -> None:
+    """The first one, an arm, a control and a cell of the grid, at the smoke size and on made-up data."""
+    write_articles(tmp_path / "wiki.jsonl.gz", 150)
+    write_raw_folder(tmp_path / "raw")
+    replacements = {"data/wikipedia/articles-*.jsonl.gz": str(tmp_path / "wiki.jsonl.gz"), "data": str(tmp_path / "raw"), "694": "0", "4000": "150"}
+    lines = (ROOT / "results" / "reproduce.sh").read_text(encoding="utf-8").splitlines()
+    commands = {re.search(r"--out \S*?([\w-]+)(\.json)?$", line)[1]: line for line in lines if line.startswith("python ") and "--out" in line}
+    for name in ("prepared", "control-counts", "control-shuffled", "c3-fewrel-high", "grid-5-5000"):
+        words = [replacements.get(w, w) for w in shlex.split(commands[name])[1:]]
+        words = [str(tmp_path / w) if w.startswith(("runs/", "results/")) else "100" if w in ("5000", "90000") else w for w in words]
+        words = ["20" if w == "10000" else "6" if w == "1000" else w for w in words]
+        run(*words, "--preset", "smoke", *(["--test-per-class", "4", "--members", "1"] if words[0] == "committee.py" else ["--max-length", "32"]))
+    assert {p.stem for p in (tmp_path / "results" / "study").glob("*.json")} == {"control-counts", "control-shuffled", "c3-fewrel-high", "grid-5-5000"}
