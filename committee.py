@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import multiprocessing
 import multiprocessing.connection
@@ -31,12 +32,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference_sentence, finetune, gap_sentence,
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference, finetune, gap_sentence, in_words,
                       load_classifier, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
-                      chosen_recipe, load_pretrained, load_settings, number, pretrain, read_json, result_record,
+                      chosen_recipe, load_settings, number, pretrain, read_json, result_record,
                       settings_hash, stop_signals, write_json)
+from tokenizer import Tokenizer
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
 MEMBER_SEED = 100  # members' pre-training seeds begin here, so that none is a deep model's
@@ -120,18 +122,19 @@ def pretrain_unit(unit: Unit, corpus: Corpus, args: argparse.Namespace, hardware
     return pretrain(model, recipe, corpus, seed, args.runs_dir, hardware, fresh=fresh, compiled=args.compile, wait=wait)
 
 
-def finetune_unit(checkpoint: Path, pretrained: bool, tables: TaskTables, recipe: FinetuneRecipe, args: argparse.Namespace,
-                  hardware: Hardware) -> list[Path]:
+def finetune_unit(checkpoint: Path, pretrained: bool, tokenizer: Tokenizer, tables: TaskTables, recipe: FinetuneRecipe,
+                  args: argparse.Namespace, hardware: Hardware) -> list[Path]:
     """Fine-tuned runs of a pre-trained model, or of its twin from scratch, one a fine-tuning seed."""
-    config, _, tokenizer = load_pretrained(checkpoint)
-    return [finetune(checkpoint if pretrained else None, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir,
-                     hardware, fresh=args.fresh, compiled=args.compile, label=load_settings(checkpoint, "pretrain")["model"])
-            for j in range(args.seeds)]
+    return [finetune(checkpoint if pretrained else None, config_of(checkpoint), tokenizer, tables, recipe, twin_seed(checkpoint, j),
+                     args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile, label=model_of(checkpoint)) for j in range(args.seeds)]
 
 
-def task_tables(task: Task, checkpoint: Path, args: argparse.Namespace, hardware: Hardware) -> TaskTables:
-    config, _, tokenizer = load_pretrained(checkpoint)
-    return TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
+def config_of(checkpoint: Path) -> BertConfig:
+    return BertConfig(**load_settings(checkpoint, "pretrain")["config"])
+
+
+def model_of(checkpoint: Path) -> str:
+    return load_settings(checkpoint, "pretrain")["model"]
 
 
 def work(queue: multiprocessing.SimpleQueue, lock: object, threads: int, units: list[Unit], corpus: Corpus, tasks: list[Task],
@@ -146,8 +149,8 @@ def work(queue: multiprocessing.SimpleQueue, lock: object, threads: int, units: 
             number, then = job
             checkpoint = pretrain_unit(units[number], corpus, args, hardware, fresh=args.fresh and not then, wait=True)
             if then:
-                tables = task_tables(tasks[then[0]], checkpoint, args, hardware)
-                finetune_unit(checkpoint, then[1], tables, recipe, args, hardware)
+                tables = TaskTables.make(tasks[then[0]], corpus.tokenizer, config_of(checkpoint).max_length, args.runs_dir, hardware.device)
+                finetune_unit(checkpoint, then[1], corpus.tokenizer, tables, recipe, args, hardware)
 
     run_script(jobs)
 
@@ -166,24 +169,27 @@ def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, 
     with stop_signals() as stop:
         for line in range(processes_wanted):
             os.environ["TQDM_POSITION"] = str(line)  # read by tqdm in the new process: a line for each bar
-            processes.append(context.Process(target=work, args=(
+            processes.append(context.Process(target=work, daemon=True, args=(
                 queue, lock, max(1, torch.get_num_threads() // processes_wanted), units, corpus, tasks, *material)))
             processes[-1].start()
         del os.environ["TQDM_POSITION"]
         for job in [*jobs, *[None] * processes_wanted]:
             queue.put(job)
+        failed: list[int] = []
         while alive := [p for p in processes if p.is_alive()]:
-            if stop or any(p.exitcode for p in processes):
+            failed = failed or [p.exitcode for p in processes if p.exitcode]  # the first to fail, before others are told to end
+            if stop or failed:
                 for process in alive:
                     process.terminate()
             multiprocessing.connection.wait([p.sentinel for p in alive], timeout=0.5)
+        failed = failed or [p.exitcode for p in processes if p.exitcode]
     if stop:
         sys.exit(128 + stop[0])
-    if failed := [p.exitcode for p in processes if p.exitcode]:
-        if 2 not in failed:  # bad input was reported by the process itself
+    if failed:
+        if failed[0] != 2:  # bad input was reported by the process itself
             print(f"error: a training process ended with status {failed[0]}; the same command goes on from the last checkpoints; "
                   "--jobs 1 needs the least memory", file=sys.stderr)
-        sys.exit(2 if 2 in failed else 1)
+        sys.exit(2 if failed[0] == 2 else 1)
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -197,9 +203,8 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
 
 
 def agreement(predictions: Sequence[Tensor]) -> float:
-    """Share of the rows on which two members predict the same class, mean over all pairs; nan for a single member."""
-    pairs = list(itertools.combinations(predictions, 2))
-    return sum(float((a == b).double().mean()) for a, b in pairs) / len(pairs) if pairs else math.nan
+    """Share of the rows on which two members predict the same class, mean over all pairs."""
+    return float(np.mean([float((a == b).double().mean()) for a, b in itertools.combinations(predictions, 2)]))
 
 
 def describe_votes(deep: Sequence[Path], groups: Sequence[Sequence[Path]]) -> dict[str, float]:
@@ -212,22 +217,22 @@ def describe_votes(deep: Sequence[Path], groups: Sequence[Sequence[Path]]) -> di
         return calibration_error(torch.stack(probabilities).mean(0), labels[0])
 
     result = {"deep": np.mean([error([f]) for f in deep])} if deep else {}
-    result |= {"member": np.mean([error([f]) for group in groups for f in group]), "committee": np.mean([error(g) for g in groups]),
-               "agreement": np.mean([agreement([run_probabilities(f)[0].argmax(-1) for f in group]) for group in groups])}
+    result |= {"member": np.mean([error([f]) for group in groups for f in group]), "committee": np.mean([error(g) for g in groups])}
+    if len(groups[0]) > 1:
+        result["agreement"] = np.mean([agreement([run_probabilities(f)[0].argmax(-1) for f in group]) for group in groups])
     return {name: float(value) for name, value in result.items()}
 
 
-def judge_task(task: Task, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe, args: argparse.Namespace,
-               hardware: Hardware) -> tuple[dict, dict]:
+def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe,
+               args: argparse.Namespace, hardware: Hardware) -> tuple[dict, dict]:
     """Fine-tune every model and its twin on a task, vote, time, print the table.
 
     deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat. Returns (the task's part of results.json, latencies).
     """
     def runs(checkpoints: Sequence[Path], kind: str) -> list[list[Path]]:
-        return [finetune_unit(c, kind == "pretrained", tables, recipe, args, hardware) for c in checkpoints]
+        return [finetune_unit(c, kind == "pretrained", tokenizer, tables, recipe, args, hardware) for c in checkpoints]
 
-    model_of = {c: load_settings(c, "pretrain")["model"] for c in [*deep_runs, *sum(member_runs, [])]}
-    tables = task_tables(task, member_runs[0][0], args, hardware)
+    tables = TaskTables.make(task, tokenizer, config_of(member_runs[0][0]).max_length, args.runs_dir, hardware.device)
     deep = {kind: runs(deep_runs, kind) for kind in ("pretrained", "scratch")}
     shallow = {kind: [runs(group, kind) for group in member_runs] for kind in ("pretrained", "scratch")}
 
@@ -239,7 +244,7 @@ def judge_task(task: Task, deep_runs: list[Path], member_runs: list[list[Path]],
     for kind in ("pretrained", "scratch"):
         for checkpoints, folders in [(deep_runs, deep[kind]), *zip(member_runs, shallow[kind])]:
             for checkpoint, unit in zip(checkpoints, folders):
-                models.setdefault(model_of[checkpoint], {}).setdefault(kind, []).extend(map(run_accuracy, unit))
+                models.setdefault(model_of(checkpoint), {}).setdefault(kind, []).extend(map(run_accuracy, unit))
     name = "+".join(args.member_model)
     right = {kind: committees(kind) for kind in ("pretrained", "scratch")}
     prefixes = {kind: [[float(k.mean()) for k in seed] for repeat in right[kind] for seed in repeat] for kind in right}
@@ -261,7 +266,8 @@ def judge_task(task: Task, deep_runs: list[Path], member_runs: list[list[Path]],
         row(f"committee of {k} {name}", *units, f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}" if deep_runs else "")
     if deep_runs:
         deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
-        print(difference_sentence(f"committee of {args.members} against {args.deep}:", [[c[-1] for c in r] for r in right["pretrained"]], deep_right))
+        against_deep = difference([[c[-1] for c in r] for r in right["pretrained"]], deep_right)
+        print(in_words(f"committee of {args.members} against {args.deep}:", against_deep))
         print(gap_sentence(args.deep, deep["pretrained"], deep["scratch"]))
     print(gap_sentence(name, *([unit for group in shallow[kind] for unit in group] for kind in ("pretrained", "scratch"))))
     converged = {kind: max(read_json(f / "results.json")["train_loss"] for unit in units for f in unit) for kind, units in
@@ -282,7 +288,7 @@ def judge_task(task: Task, deep_runs: list[Path], member_runs: list[list[Path]],
     tokens = int(np.median(tables.test.lengths))
     return {"models": models, "tokens": tokens, "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
             "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
-            "train_loss": converged, "quality": quality}, latency
+            "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
 
 
 def main() -> None:
@@ -305,6 +311,8 @@ def main() -> None:
     add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning (values of the presets in brackets)", prefix="ft-")
     args = parser.parse_args()
     args.members = args.members or MEMBERS[args.preset]
+    if args.out and (args.out.is_dir() or not args.out.resolve().parent.is_dir()):
+        raise InputError(f"--out {args.out}: name a file, in a folder that exists")
     if args.deep in args.member_model:
         raise InputError(f"--deep {args.deep}: is a member too; name another model")
     started = time.perf_counter()
@@ -322,12 +330,12 @@ def main() -> None:
         args.fresh = False  # all there is, is new
     deep_runs = [pretrain_unit(unit, corpus, args, hardware, args.fresh) for unit in deep]
     member_runs = [[pretrain_unit(unit, corpus, args, hardware, args.fresh) for unit in group] for group in members]
-    results = {task.name: judge_task(task, deep_runs, member_runs, finetune_recipe, args, hardware) for task in tasks}
+    results = {task.name: judge_task(task, corpus.tokenizer, deep_runs, member_runs, finetune_recipe, args, hardware) for task in tasks}
 
     latency = results[tasks[0].name][1]
     tokens = results[tasks[0].name][0]["tokens"]
-    all_members = [price(load_pretrained(c)[0], tokens, len(tasks[0].classes)) for c in member_runs[0]]
-    prices = {args.deep: price(load_pretrained(run)[0], tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
+    all_members = [price(config_of(c), tokens, len(tasks[0].classes)) for c in member_runs[0]]
+    prices = {args.deep: price(config_of(run), tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
     prices["member"] = max(all_members, key=lambda p: p["operations"])
     prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
     print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}{'M operations':>14}")
@@ -337,7 +345,8 @@ def main() -> None:
               f"{prices[model]['operations'] / 1e6:14.1f}")
     print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
     seconds = time.perf_counter() - started
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir")}
+    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir")}
+    settings = json.loads(json.dumps(settings, default=str))  # paths, and lists of them
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}
                    for c in [*deep_runs, *sum(member_runs, [])]}

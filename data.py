@@ -5,7 +5,8 @@ seed, once, and is the same for every model that is trained on it.
 
     python data.py                                             what is in the raw folder, what is missing, licences
     python data.py fetch --task fewrel --wiki simplewiki       download it
-    python data.py overlap --task agnews --select high --count 5000 --out high.jsonl.gz --articles 'wiki*.jsonl.gz'
+    python data.py overlap --task agnews --articles 'wiki*.jsonl.gz' --arm high --arm-count 5000     what task and articles share
+    python data.py encode --task agnews --articles 'wiki*.jsonl.gz' --out carried        for machines without the raw data
 """
 
 from __future__ import annotations
@@ -906,6 +907,9 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
     training rows, and the real test rows stay unseen: that is where choices are made."""
     names, tasks = args.task or ([] if args.task_file else ["topics"]), []
     if args.prepared:  # their rows were drawn when the folder was made
+        for name in ("articles", "wiki", "tokenizer", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
+            if getattr(args, name):
+                raise InputError(f"--{name.replace('_', '-')}: --prepared {args.prepared} has settled that; leave one of them out")
         tasks, names = prepared_tasks(args.prepared, names), []
     for name in names:
         train, test = TASKS[name].rows[args.preset]
@@ -1048,6 +1052,8 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
     if not args.arm:
         return corpus
+    if args.arm and args.arm_count < 1:
+        raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
     if args.prepared and args.arm not in ("shuffled", "unigram"):
         raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one of them out")
     if args.arm in ("shuffled", "unigram"):
@@ -1083,8 +1089,6 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
 
 def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
     """All that training needs in one folder, for a machine without the raw data (--prepared): tokenizer, token tables, tasks."""
-    if folder.exists():
-        raise InputError(f"--out {folder}: is there already; name a new folder, or delete it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepared-") as temporary:
         part = Path(temporary) / "prepared"
@@ -1113,7 +1117,7 @@ def prepared_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
         with gzip.open(folder / "tasks.json.gz", "rt", encoding="utf-8") as file:
             tasks = {t["name"]: Task(**{**t, "train": [tuple(r) for r in t["train"]], "test": [tuple(r) for r in t["test"]]})
                      for t in json.load(file)}
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
         raise InputError(f"{folder / 'tasks.json.gz'}: cannot be read ({error}); make the folder again, data.py encode --out") from None
     if missing := [name for name in names if name not in tasks]:
         raise InputError(f"--prepared {folder}: was made without task {missing[0]}; there are {', '.join(tasks) or 'none'}")
@@ -1187,10 +1191,10 @@ def select_arm(table: TokenTable, scores: np.ndarray, wikis: Sequence[str], arm:
 
 def arm_of_articles(args: argparse.Namespace, tasks: Sequence[Task], corpus: Corpus, articles: Sequence[Article]) -> np.ndarray:
     """Indices of the articles that --arm low, random, high (overlap with the task's training rows) or clean chooses."""
-    if args.arm == "clean":
+    if args.arm == "clean" and tasks:
         return np.setdiff1d(np.arange(len(articles)), shared_ngrams(articles, [row for task in tasks for row in task.test])[1])
     if len(tasks) != 1:
-        raise InputError(f"--arm {args.arm} is taken by the overlap with one task: name one with --task")
+        raise InputError(f"--arm {args.arm} is chosen by what the articles share with a task: name one with --task")
     (task,), max_length, V = tasks, corpus.train.meta["max_length"], corpus.tokenizer.vocab_size
     rows = make_table([text for text, _ in task.train], corpus.tokenizer, max_length, args.runs_dir / "tables", f"{task.name}-train")
     return select_arm(corpus.train, overlap_scores(corpus.train, rows.tokens, V), [a.wiki for a in articles], args.arm, args.arm_count,
@@ -1305,6 +1309,10 @@ def main() -> None:
     group.add_argument("--vocab-size", type=int, default=8_000, help="of a newly trained tokenizer (default %(default)s)")
     group.add_argument("--max-length", type=int, default=128, help="tokens of an article (default %(default)s)")
     args = parser.parse_args()
+    if args.prepared and args.action != "list":
+        raise InputError(f"data.py {args.action} reads raw data: leave --prepared out")
+    if args.out and args.action == "encode" and args.out.exists():
+        raise InputError(f"--out {args.out}: is there already; name a new folder, or delete it")
     if args.action == "overlap":
         report_overlap(args)
     elif args.action == "encode":

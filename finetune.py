@@ -188,8 +188,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, (T_975[n - 2] if n - 2 < len(T_975) else 2.08) * float(np.std(values, ddof=1)) / math.sqrt(n)
 
 
-def difference_sentence(what: str, first: Sequence[Sequence[np.ndarray]], second: Sequence[Sequence[np.ndarray]]) -> str:
-    """One honest sentence on the difference of two accuracies.
+def difference(first: Sequence[Sequence[np.ndarray]], second: Sequence[Sequence[np.ndarray]]) -> dict[str, float | str]:
+    """The difference of two accuracies, in points: mean, low and high end of a 95 % interval, and over what that is taken.
 
     first, second: right (1) or wrong (0) on each test row, (rows,), of [pre-training seed][fine-tuning seed], pair by pair. The
     interval is a t-interval over pre-training seeds; over fine-tuning seeds, if there is one pre-training seed; over test
@@ -199,19 +199,24 @@ def difference_sentence(what: str, first: Sequence[Sequence[np.ndarray]], second
     values = unit_values([[float(d.mean()) for d in unit] for unit in differences])
     mean, half = mean_and_interval(values)
     low, high = mean - half, mean + half
-    how = f"95 % t-interval over {len(values)} {'pre-training' if len(differences) > 1 else 'fine-tuning'} seeds"
+    over = f"95 % t-interval over {len(values)} {'pre-training' if len(differences) > 1 else 'fine-tuning'} seeds"
     if len(values) == 1:
         rows = np.random.default_rng(0).integers(0, len(differences[0][0]), (2_000, len(differences[0][0])))
         low, high = np.percentile(differences[0][0][rows].mean(1), [2.5, 97.5])
-        how = "95 % bootstrap interval over test rows; one seed"
-    verdict = "" if low > 0 or high < 0 else ": not distinguishable from 0"
-    return f"{what} {100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f} ({how}){verdict}"
+        over = "95 % bootstrap interval over test rows; one seed"
+    return {"mean": 100 * mean, "low": 100 * float(low), "high": 100 * float(high), "over": over}
+
+
+def in_words(what: str, d: dict) -> str:
+    """One honest sentence on a difference."""
+    verdict = "" if d["low"] > 0 or d["high"] < 0 else ": not distinguishable from 0"
+    return f"{what} {d['mean']:+.1f} points, {d['low']:+.1f} to {d['high']:+.1f} ({d['over']}){verdict}"
 
 
 def gap_sentence(what: str, pretrained: Sequence[Sequence[Path]], scratch: Sequence[Sequence[Path]]) -> str:
     """The gap between the fine-tuned runs of [pre-training seed][fine-tuning seed] and their twins from scratch."""
-    return difference_sentence(f"{what}: pre-training gives",
-                               *([[votes([f])[0] for f in unit] for unit in side] for side in (pretrained, scratch)))
+    return in_words(f"{what}: pre-training gives",
+                    difference(*([[votes([f])[0] for f in unit] for unit in side] for side in (pretrained, scratch))))
 
 
 def unit_values(units: Sequence[Sequence[float]]) -> list[float]:

@@ -337,7 +337,7 @@ def load_tensors(path: Path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file; all mean the same here
-        raise InputError(f"{path}: damaged ({type(error).__name__}); delete it, it is made again") from None
+        raise InputError(f"{path}: damaged ({type(error).__name__}); delete it, or its run folder: it is made again") from None
 
 
 # ------------------------------------------------------------------------------------------------- optimizers
@@ -454,7 +454,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
         """How far the run has come on its way to `end`: in steps, or in ten-thousandths of the time budget."""
         return int(end * (time.perf_counter() - started) / (60 * recipe.time_budget)) if recipe.time_budget else step
 
-    now = progress()
+    now = progress() if tail_steps or not recipe.time_budget else min(progress(), end - 1)  # at least one step closes a run
     if step == 0 and header:
         run.log(step=0, **header)
     model.train()
@@ -576,10 +576,12 @@ def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: to
     folder: keeps what was counted, for the next member of the committee.
     """
     V, C = model.config.vocab_size, model.config.width
-    if not (path := folder / f"counts-{C}-{table.meta['texts_sha256'][:16]}.pt").exists():
-        with write_atomically(path) as file:
-            torch.save(count_embeddings(table, V, C, device), file)
-    vectors = std * load_tensors(path)
+    path = folder / f"counts-{C}-{table.meta['texts_sha256'][:16]}.pt"
+    with file_lock(path.with_suffix(".lock"), wait=True):  # of several processes, one counts
+        if not path.exists():
+            with write_atomically(path) as file:
+                torch.save(count_embeddings(table, V, C, device), file)
+        vectors = std * load_tensors(path)
     model.bert.token.weight[FIRST_PIECE:, : vectors.size(1)] = vectors[FIRST_PIECE:]
     model.norm.weight.fill_(model.config.init_std / std)  # the embeddings are the output layer too: logits as small as ever
     seen = torch.from_numpy(np.bincount(table.tokens, minlength=V)[FIRST_PIECE:] + 1.0)
@@ -821,7 +823,7 @@ def main() -> None:
         return
     recipe, hardware = chosen_recipe(args, PRESETS), choose_hardware(args.device, args.dtype)
     print(hardware.reason, flush=True)
-    tasks = load_tasks(args) if args.task or args.task_file or not (args.articles or args.wiki) else []
+    tasks = load_tasks(args) if args.task or args.task_file or not (args.articles or args.wiki or args.prepared) else []
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
     folder = pretrain(args.model, recipe, corpus, args.seed, args.runs_dir, hardware, name=args.name, fresh=args.fresh,
                       compiled=args.compile)

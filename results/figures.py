@@ -8,7 +8,6 @@ Without matplotlib (tests/requirements.txt) the tables are still written. A cell
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from data import run_script, write_atomically  # noqa: E402
+from data import InputError, run_script, write_atomically  # noqa: E402
 from finetune import mean_and_interval  # noqa: E402
+from pretrain import read_json  # noqa: E402
 
 MISSING = "not yet measured"
 TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
@@ -31,8 +31,11 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe 
 class Cell:
     """One results.json of committee.py, as the study's cells keep it."""
 
-    def __init__(self, record: dict) -> None:
-        self.record, self.tasks = record, record["tasks"]
+    def __init__(self, path: Path) -> None:
+        self.record = read_json(path)
+        if not {"tasks", "pretraining", "settings"} <= set(self.record) or self.record["settings"].get("seeds") != 1:
+            raise InputError(f"{path}: not a cell of the study (a results.json of committee.py with one fine-tuning seed)")
+        self.tasks = self.record["tasks"]
 
     def accuracies(self, task: str, model: str, kind: str) -> list[float]:
         """Of each pre-training seed, in %."""
@@ -47,7 +50,9 @@ class Cell:
 
 
 def load(folder: Path) -> dict[str, Cell]:
-    return {path.stem: Cell(json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("*.json"))}
+    if not folder.is_dir():
+        raise InputError(f"--study {folder}: no such folder")
+    return {path.stem: Cell(path) for path in sorted(folder.glob("*.json"))}
 
 
 def with_interval(values: Sequence[float], sign: bool = False, digits: int = 1) -> str:
@@ -67,6 +72,11 @@ def difference(values: Sequence[float], unit: str = "points") -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def against(d: dict[str, float]) -> str:
+    """A difference that committee.py measured, in words."""
+    return f"{d['mean']:+.1f} points ({d['low']:+.1f} to {d['high']:+.1f}{'' if d['low'] > 0 or d['high'] < 0 else ', within noise'})"
 
 
 def slopes(cells: Sequence[Cell], sizes: Sequence[int], task: str, model: str) -> list[float]:
@@ -90,9 +100,11 @@ def claim_1(cells: dict[str, Cell]) -> str:
                 row += ["", MISSING, "", ""]
             rows.append(row)
     text = table(["task", "model", "seeds", "pre-trained, %", "from scratch, %", "gap, points"], rows)
-    if "clean" in cells:
-        parts = "; ".join(f"{TASKS[t]} {difference(cells['clean'].gaps(t, 'bert-1'))}" for t in cells["clean"].tasks)
-        text += f"\n\nWithout the articles that share ten words in a row with a test row, BERT-1: {parts}."
+    if "clean" in cells and "c1" in cells:  # their first seeds are the same
+        change = {t: [a - b for a, b in zip(cells["clean"].accuracies(t, "bert-1", "pretrained"), cells["c1"].accuracies(t, "bert-1", "pretrained"))]
+                  for t in cells["clean"].tasks}
+        text += ("\n\nPre-trained without the articles that share ten words in a row with a test row, BERT-1 changes by: "
+                 + "; ".join(f"{TASKS[t]} {difference(values)}" for t, values in change.items()) + ".")
     return text + (f"\n\nPre-training is worth: {'; '.join(verdicts)}." if verdicts else "")
 
 
@@ -149,6 +161,11 @@ def claim_4(cells: dict[str, Cell]) -> str:
                      *(f"{quality[k]:.3f}" for k in ("deep", "member", "committee"))])
     text = table(["task", "bert-6, %", *(f"{k} bert-1" for k in range(1, len(votes) + 1)), "level with bert-6 from", "agreement, %",
                   "calibration error: bert-6", "member", "committee"], rows)
+    verdicts = "; ".join(f"{title} {against(c.tasks[task]['against_deep'])}" for task, title in TASKS.items())
+    text += f"\n\nCommittee of {len(votes)} minus bert-6 (95 % bootstrap over test rows, one seed): {verdicts}."
+    if conv := cells.get("conv"):
+        text += (f"\n\nThree BERT-1s with a convolutional stem (bert-1-conv3) on FewRel: {with_interval(conv.accuracies('fewrel', 'bert-1-conv3', 'pretrained'))} %, "
+                 f"gap {with_interval(conv.gaps('fewrel', 'bert-1-conv3'), sign=True)}; as a committee {100 * conv.tasks['fewrel']['committee']['bert-1-conv3'][0][-1]:.1f} %.")
     name = f"committee-{len(votes)}"
     latency, price = c.record["latency_ms"], c.record["price"]
     rows = [[m, f"{latency[m]['median']:.2f} ({latency[m]['p10']:.2f}-{latency[m]['p90']:.2f})", f"{latency[m]['texts_per_s']:.0f}",
@@ -157,7 +174,7 @@ def claim_4(cells: dict[str, Cell]) -> str:
 
 
 def controls(cells: dict[str, Cell]) -> str:
-    arms = {"c2-steps-90000": "pre-training as it is", "control-counts": "the start from counts, not a step of training",
+    arms = {"c2-steps-90000": "pre-training as it is", "control-counts": "both starts, and not a step of training",
             "control-plain": "neither start: masked language modelling alone", "control-shuffled": "tokens shuffled within each article",
             "control-unigram": "tokens drawn from the unigram distribution"}
     rows = []
@@ -265,6 +282,8 @@ def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:
     for name, section in SECTIONS.items():
         start, end = f"<!--study:{name}-->", "<!--end-->"
         before, found, rest = readme.partition(start)
+        if found and end not in rest:
+            raise InputError(f"README: no {end} behind {start}")
         if found:
             picture = f"![{name}](results/figures/{name}.png)\n\n" if name in pictures else ""
             readme = f"{before}{start}\n{picture}{section(cells)}\n{end}{rest.partition(end)[2]}"
@@ -277,6 +296,8 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, default=HERE / "figures", metavar="DIR", help="where to draw (default results/figures)")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE", help="what to rewrite (default README.md)")
     args = parser.parse_args()
+    if not args.readme.is_file():
+        raise InputError(f"--readme {args.readme}: no such file")
     cells = load(args.study)
     made = draw(cells, args.figures)
     text = rewrite(args.readme.read_text(encoding="utf-8"), cells, {path.stem for path in made or args.figures.glob("*.png")})

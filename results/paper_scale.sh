@@ -5,7 +5,7 @@
 #     sh results/paper_scale.sh run [OUT]      on the GPU's machine, again and again: goes on where it was, ends within 9 minutes
 #     SIZE=smoke sh results/paper_scale.sh ..  the same in seconds on a CPU, to rehearse
 #
-# Rows a class are the quick preset's (FewRel 100 + 70), as in the rest of the study; ROWS=paper for the paper's.
+# Rows a class are the quick preset's (FewRel 100 + 70, 58 relations), as in the rest of the study; ROWS=paper LEAST=700 for the paper's.
 # What comes back is small: OUT holds a results.json of each cell, and every fine-tuned model's logits of the test rows (fp16).
 set -e
 cd "$(dirname "$0")/.."
@@ -22,11 +22,12 @@ compile=$(python -c 'import torch; print("--compile" if torch.cuda.is_available(
 RAW=${RAW:-data}
 if [ "$1" = prepare ]; then
     exec python data.py encode --preset $rows --task fewrel agnews dbpedia --raw-dir "$RAW" --articles "$RAW/wikipedia/articles-*.jsonl.gz" \
-        --articles-count $top $vocab --min-class-size ${LEAST:-0} --out carried
+        --articles-count $top $vocab --min-class-size ${LEAST:-694} --out carried
 fi
 deadline=$(($(date +%s) + LIMIT))
 cell() { # cell NAME FLAGS...: one command of committee.py, in the time that is left
     name=$1; shift
+    [ ! -f "$OUT/$name.json" ] || return 0 # finished
     left=$((deadline - $(date +%s)))
     [ $left -gt 20 ] || { echo "out of time before $name; run this again"; exit 0; }
     timeout -s TERM $left python committee.py --prepared carried --runs-dir runs/gpu --task fewrel agnews dbpedia "$@" --out "$OUT/$name.json" \

@@ -17,8 +17,9 @@ TOKENS = {"article": 125, "fewrel": 41, "agnews": 61, "dbpedia": 69}  # of a tex
 ROWS = {"fewrel": 58, "agnews": 4, "dbpedia": 14}  # classes; the quick preset has 100 training rows of each
 STEPS, BATCH, EPOCHS, LEAST_STEPS = 1_000, 32, 5, 100  # the study's pre-training steps; the rest is the quick preset's
 
+PREPARED = "runs/study/prepared"
 SOURCE = ("--articles 'data/wikipedia/articles-*.jsonl.gz' --raw-dir data --runs-dir runs/study --min-class-size 694 "
-          "--tokenizer runs/study/prepared/tokenizer.model")
+          f"--tokenizer {PREPARED}/tokenizer.model")
 SIZES = (5_000, 20_000, 40_000, 90_000)
 trained: set[tuple] = set()  # (model, articles, arm, steps, seed) and (.., task, rows): what an earlier cell has made
 
@@ -57,7 +58,7 @@ def plan() -> list[dict]:
     plain = "--count-start 0 --local-start 0 --position-lr 1"
     cells = [cell(f"c2-steps-{n}", "C2", f"{n} articles, equal steps", fewrel, articles=n) for n in SIZES]
     for name, question, flags in (
-            ("counts", "no training: the counts alone", "--lr 0 --matrix-lr 0 --local-start 0"),
+            ("counts", "both starts, and not a step of training", "--lr 0 --matrix-lr 0"),
             ("shuffled", "the articles' tokens shuffled within each text", "--arm shuffled"),
             ("unigram", "tokens drawn from the unigram distribution", "--arm unigram"),
             ("plain", "no start from counts or at neighbours: masked language modelling alone", plain)):
@@ -82,14 +83,15 @@ def plan() -> list[dict]:
 
 
 def main() -> None:
-    encode = (f"python data.py encode {SOURCE.partition(" --tokenizer")[0]} --articles-count {max(SIZES)} --vocab-size 4000 "
-              "--out runs/study/prepared")
+    source = SOURCE.partition(" --tokenizer")[0]
+    encode = f"python data.py encode {source} --articles-count {max(SIZES)} --vocab-size 4000 --out {PREPARED}"
     cells = [{"name": "encode", "claim": "", "question": "one tokenizer for the whole study", "command": encode, "minutes": 5.0}, *plan()]
     total = sum(c["minutes"] for c in cells)
     record = {"machine": "2 cores of a Xeon at 2.5 GHz without bf16", "tokens_per_s_of_one_process_of_two": RATES,
               "minutes_predicted": round(total), "cells": cells}
     (HERE / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     lines = [f"# {c['claim'] + ': ' if c['claim'] else ''}{c['question']} (about {c['minutes']:.0f} minutes)\n{c['command']}" for c in cells]
+    lines[0] = f"if [ ! -d {PREPARED} ]; then\n{lines[0]}\nfi"
     (HERE / "reproduce.sh").write_text(
         "#!/bin/sh\n# The study, cell by cell; written by results/plan.py. From the repository's root, with FewRel, AG News, DBpedia and\n"
         "# article files in data/ (README, \"On the paper's data\"). Any line runs alone, once the first has made the tokenizer; an\n"

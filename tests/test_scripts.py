@@ -128,6 +128,14 @@ def test_bad_input_in_a_process_of_its_own(material: Path) -> None:
     assert "lower --lr" in out
 
 
+def test_committee_on_a_file_of_ones_own(material: Path) -> None:
+    kept = material / "own.json"
+    out = run("committee.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv", "--members", "1",
+              "--deep", "none", "--out", kept)
+    assert "train: 3 classes" in out and json.loads(kept.read_text(encoding="utf-8"))["settings"]["task_file"][0].endswith("train.csv")
+    assert "name a file" in run("committee.py", *sources(material), "--out", material, status=2)
+
+
 def test_ablation_script(material: Path) -> None:
     """Arms of recipes; what it classifies are training rows, never test rows."""
     out = material / "ablation.json"
@@ -184,7 +192,8 @@ def test_data_script(material: Path) -> None:
     tables = [re.search(r"^fewrel: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in both]
     assert tables[0] == tables[1], "a prepared folder gives another result than the files it was made from"
     for flags, message in ((["--max-length", "32"], "holds 143 articles of 16 tokens"), (["--max-length", "16", "--articles-count", "9999"], "9999"),
-                           (["--max-length", "16", "--arm", "clean"], "holds tokens alone"), (["--max-length", "16", "--task", "agnews"], "without task")):
+                           (["--max-length", "16", "--arm", "clean"], "holds tokens alone"), (["--max-length", "16", "--task", "agnews"], "without task"),
+                           (["--train-per-class", "3"], "has settled that")):
         assert message in run("committee.py", *elsewhere, "--task", "fewrel", *flags, status=2)
 
 

@@ -27,7 +27,9 @@ def cell(gap: float, tasks: tuple[str, ...] = ("fewrel",), deep: bool = False, l
     part = {"models": models, "committee": {"bert-1": [[0.5, 0.55, 0.6]]}, "quality": {"deep": 0.1, "member": 0.2, "committee": 0.05, "agreement": 0.7}}
     timing = {"median": 2.0, "p10": 1.0, "p90": 3.0, "texts_per_s": 100.0}
     names = ("bert-6", "member", "committee-3")
-    return {"tasks": {t: part for t in tasks}, "latency_ms": {n: timing for n in names},
+    if deep:
+        part["against_deep"] = {"mean": 4.0, "low": 2.0, "high": 6.0, "over": "rows"}
+    return {"settings": {"seeds": 1}, "tasks": {t: part for t in tasks}, "latency_ms": {n: timing for n in names},
             "price": {n: {"parameters": 1e6, "operations": 2e6} for n in names},
             "pretraining": {f"{m}-seed{s}-abc": {"held_out_loss": loss, "steps": 7} for m in models for s in range(3)}}
 
@@ -51,12 +53,23 @@ def test_tables_and_figures(study: Path, tmp_path: Path) -> None:
     assert "old" not in text and text.count("between") == len(figures.SECTIONS) and text.startswith("before")
     assert "| FewRel | bert-6 | 3 | 52.0 ± 5.0 | 41.0 ± 2.5 | +11.0 ± 2.5 |" in text  # gaps 10, 11, 12: 11 ± 4.303 / sqrt(3)
     assert "| equal steps | 90,000 |  | not yet measured |" in text
-    assert "AG News +4.0 points" in text and "level with bert-6 from" in text
+    assert "AG News +4.0 points" in text
+    assert "| FewRel | 50.0 | 50.0 | 55.0 | 60.0 | 1 | 70 | 0.100 | 0.200 | 0.050 |" in text and "FewRel +4.0 points (+2.0 to +6.0)" in text
     again = figures.rewrite(text, figures.load(study), {p.stem for p in (tmp_path / "figures").glob("*.png")})
     assert again == text, "a second time changes something"
     pytest.importorskip("matplotlib")
     assert {p.stem for p in (tmp_path / "figures").glob("*.png")} == {"c1", "c2", "c3", "c4"}
     assert all(p.read_bytes().startswith(b"\x89PNG") and f"results/figures/{p.name}" in text for p in (tmp_path / "figures").glob("*.png"))
+
+
+def test_figures_refuse_what_they_do_not_know(study: Path, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    for content, folder, message in (("<!--study:c1-->\nrest", study, "no <!--end-->"), ("", tmp_path / "nothing", "no such folder")):
+        readme.write_text(content, encoding="utf-8")
+        assert message in run("results/figures.py", "--study", folder, "--figures", tmp_path / "f", "--readme", readme, status=2)
+        assert readme.read_text(encoding="utf-8") == content
+    (study / "other.json").write_text('{"tasks": {}}', encoding="utf-8")
+    assert "not a cell of the study" in run("results/figures.py", "--study", study, "--readme", readme, status=2)
 
 
 def test_slope_is_per_doubling_and_differences_say_when_they_are_noise(study: Path) -> None:
@@ -83,6 +96,7 @@ def test_the_commands_of_the_study_run(tmp_path: Path) -> None:
     """The first one, an arm, a control and a cell of the grid, at the smoke size and on made-up data."""
     write_articles(tmp_path / "wiki.jsonl.gz", 150)
     write_raw_folder(tmp_path / "raw")
+    (tmp_path / "results" / "study").mkdir(parents=True)
     replacements = {"data/wikipedia/articles-*.jsonl.gz": str(tmp_path / "wiki.jsonl.gz"), "data": str(tmp_path / "raw"), "694": "0", "4000": "150"}
     lines = (ROOT / "results" / "reproduce.sh").read_text(encoding="utf-8").splitlines()
     commands = {re.search(r"--out \S*?([\w-]+)(\.json)?$", line)[1]: line for line in lines if line.startswith("python ") and "--out" in line}

@@ -173,22 +173,33 @@ def test_resume_is_bit_exact(corpus: Corpus, tmp_path: Path, monkeypatch: pytest
 
 
 def test_time_budget(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training ends with its minutes, on its schedule; an interruption does not lengthen it."""
+    """Training ends with its minutes, on its schedule; an interruption does not lengthen it. By a clock that ticks when it is read."""
+    clock = {"now": 0.0}
+
+    def tick() -> float:
+        clock["now"] += 0.01
+        return clock["now"]
+
+    monkeypatch.setattr(pretraining.time, "perf_counter", tick)
     recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=1, time_budget=0.05)
     original, calls = pretraining.mask_tokens, {"n": 0}
 
     def interrupt(*args, **kwargs):
         calls["n"] += 1
-        if calls["n"] == 20:
+        if calls["n"] == 30:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(pretraining, "mask_tokens", interrupt)
     with pytest.raises(SystemExit):
         pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU)
+    used = clock["now"]
+    assert 0.5 < used < 2.5
+    clock["now"] = 1_000.0  # the time between two sessions does not count
     folder = pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU)
+    assert used + clock["now"] - 1_000 == pytest.approx(3, abs=0.3)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert 3.0 <= results["seconds"] < 4.5 and results["steps"] > 40
+    assert results["seconds"] == pytest.approx(3, abs=0.2) and results["steps"] > 40
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     factors = [line["factor"] for line in lines if "factor" in line]
     assert len(factors) > 20 and max(factors) > 0.9 and factors[-1] < 0.1
