@@ -126,7 +126,8 @@ def finetune_unit(checkpoint: Path, pretrained: bool, tokenizer: Tokenizer, tabl
                   args: argparse.Namespace, hardware: Hardware) -> list[Path]:
     """Fine-tuned runs of a pre-trained model, or of its twin from scratch, one a fine-tuning seed."""
     return [finetune(checkpoint if pretrained else None, config_of(checkpoint), tokenizer, tables, recipe, twin_seed(checkpoint, j),
-                     args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile, label=model_of(checkpoint)) for j in range(args.seeds)]
+                     args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile, label=model_of(checkpoint))
+            for j in range(args.seeds)]
 
 
 def config_of(checkpoint: Path) -> BertConfig:
@@ -137,13 +138,13 @@ def model_of(checkpoint: Path) -> str:
     return load_settings(checkpoint, "pretrain")["model"]
 
 
-def work(queue: multiprocessing.SimpleQueue, lock: object, threads: int, units: list[Unit], corpus: Corpus, tasks: list[Task],
-         recipe: FinetuneRecipe, args: argparse.Namespace) -> None:
+def work(queue: multiprocessing.SimpleQueue, errors: multiprocessing.SimpleQueue, lock: object, threads: int, units: list[Unit],
+         corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe, args: argparse.Namespace) -> None:
     """What one of several processes does: take the next job, (number of a unit, None) for pre-training or (number of a unit, (number
-    of a task, with or without pre-training)), until there is none."""
-    def jobs() -> None:
-        torch.set_num_threads(threads)
-        tqdm.set_lock(lock)
+    of a task, with or without pre-training)), until there is none. What bad input has to say goes to `errors`."""
+    torch.set_num_threads(threads)
+    tqdm.set_lock(lock)
+    try:
         hardware = choose_hardware(args.device, args.dtype)
         while (job := queue.get()) is not None:
             number, then = job
@@ -151,8 +152,11 @@ def work(queue: multiprocessing.SimpleQueue, lock: object, threads: int, units: 
             if then:
                 tables = TaskTables.make(tasks[then[0]], corpus.tokenizer, config_of(checkpoint).max_length, args.runs_dir, hardware.device)
                 finetune_unit(checkpoint, then[1], corpus.tokenizer, tables, recipe, args, hardware)
-
-    run_script(jobs)
+    except InputError as error:
+        errors.put(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, tasks: list[Task], *material) -> None:
@@ -160,22 +164,23 @@ def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, 
     models this small do not know what to do with two. The first units are begun first, and should be the slowest.
 
     material: as work takes it. A signal is passed on: each process saves its checkpoint and ends, and so does this one.
+    Raises InputError where a process did, or was killed.
     """
     jobs = [(unit, None) for unit in range(len(units))]
     jobs += [(unit, (task, pretrained)) for unit in range(len(units)) for task in range(len(tasks)) for pretrained in (True, False)]
     context = multiprocessing.get_context("spawn")
-    queue, lock = context.SimpleQueue(), context.RLock()
-    processes = []
+    queue, errors, lock = context.SimpleQueue(), context.SimpleQueue(), context.RLock()
+    processes: list[multiprocessing.process.BaseProcess] = []
+    failed: list[int] = []
     with stop_signals() as stop:
         for line in range(processes_wanted):
             os.environ["TQDM_POSITION"] = str(line)  # read by tqdm in the new process: a line for each bar
             processes.append(context.Process(target=work, daemon=True, args=(
-                queue, lock, max(1, torch.get_num_threads() // processes_wanted), units, corpus, tasks, *material)))
+                queue, errors, lock, max(1, torch.get_num_threads() // processes_wanted), units, corpus, tasks, *material)))
             processes[-1].start()
         del os.environ["TQDM_POSITION"]
         for job in [*jobs, *[None] * processes_wanted]:
             queue.put(job)
-        failed: list[int] = []
         while alive := [p for p in processes if p.is_alive()]:
             failed = failed or [p.exitcode for p in processes if p.exitcode]  # the first to fail, before others are told to end
             if stop or failed:
@@ -186,10 +191,8 @@ def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, 
     if stop:
         sys.exit(128 + stop[0])
     if failed:
-        if failed[0] != 2:  # bad input was reported by the process itself
-            print(f"error: a training process ended with status {failed[0]}; the same command goes on from the last checkpoints; "
-                  "--jobs 1 needs the least memory", file=sys.stderr)
-        sys.exit(2 if failed[0] == 2 else 1)
+        raise InputError(errors.get() if not errors.empty() else f"a training process ended with status {failed[0]} (killed for memory, "
+                         "if -9); the same command goes on from the last checkpoints, and --jobs 1 needs the least memory")
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -227,7 +230,8 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
                args: argparse.Namespace, hardware: Hardware) -> tuple[dict, dict]:
     """Fine-tune every model and its twin on a task, vote, time, print the table.
 
-    deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat. Returns (the task's part of results.json, latencies).
+    deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat.
+    Returns (the task's part of results.json, latencies).
     """
     def runs(checkpoints: Sequence[Path], kind: str) -> list[list[Path]]:
         return [finetune_unit(c, kind == "pretrained", tokenizer, tables, recipe, args, hardware) for c in checkpoints]
@@ -250,7 +254,8 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     prefixes = {kind: [[float(k.mean()) for k in seed] for repeat in right[kind] for seed in repeat] for kind in right}
 
     print(f"\n{task.name}: {len(task.classes)} classes, {len(task.train) // len(task.classes)} training rows each, "
-          f"{len(task.test)} test rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\nor over fine-tuning seeds where there is one pre-training seed)")
+          f"{len(task.test)} test rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\n"
+          "or over fine-tuning seeds where there is one pre-training seed)")
     print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
 
     def row(label: str, pretrained: Sequence[float], scratch: Sequence[float], note: str = "") -> None:
@@ -286,7 +291,8 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     contenders |= {"member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
     latency = measure_latency(contenders, tables, hardware)
     tokens = int(np.median(tables.test.lengths))
-    return {"models": models, "tokens": tokens, "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
+    return {"models": models, "tokens": tokens,
+            "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
             "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
             "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
 
@@ -338,7 +344,8 @@ def main() -> None:
     prices = {args.deep: price(config_of(run), tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
     prices["member"] = max(all_members, key=lambda p: p["operations"])
     prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
-    print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}{'M operations':>14}")
+    print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}"
+          f"{'M operations':>14}")
     for model, t in latency.items():
         spread = f"{t['p10']:.2f}-{t['p90']:.2f}"
         print(f"{model:34}{t['median']:10.2f}{spread:>16}{t['texts_per_s']:13.0f}{prices[model]['parameters'] / 1e6:14.2f}"

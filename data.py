@@ -1055,7 +1055,7 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     if args.arm and args.arm_count < 1:
         raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
     if args.prepared and args.arm not in ("shuffled", "unigram"):
-        raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one of them out")
+        raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.arm in ("shuffled", "unigram"):
         return dataclasses.replace(corpus, train=scramble(corpus.train, across_texts=args.arm == "unigram"))
     arm = subset(corpus.train, arm_of_articles(args, tasks, corpus, articles))
@@ -1229,7 +1229,8 @@ def report_overlap(args: argparse.Namespace) -> None:
             raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
         chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
         table, V = subset(corpus.train, chosen), corpus.tokenizer.vocab_size
-        rows = make_table([text for text, _ in task.train], corpus.tokenizer, args.max_length, args.runs_dir / "tables", f"{task.name}-train")
+        rows = make_table([text for text, _ in task.train], corpus.tokenizer, args.max_length, args.runs_dir / "tables",
+                          f"{task.name}-train")
         share, hits = shared_ngrams([articles[i] for i in chosen], task.test)
         print(json.dumps({
             "task": task.name, "arm": args.arm or "all", "articles": len(chosen), "tokens": len(table.tokens),

@@ -29,8 +29,8 @@ from torch import Tensor
 from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
-                      choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained, load_settings, number,
-                      maybe_compile, read_json, result_record, setting, settings_hash, train, write_json)
+                      choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained,
+                      load_settings, maybe_compile, number, read_json, result_record, setting, settings_hash, train, write_json)
 from tokenizer import Tokenizer
 
 
@@ -313,7 +313,8 @@ def main() -> None:
         preset = PRETRAIN_PRESETS[args.preset]
         tokenizer = load_corpus(args, tasks, preset.vocab_size, preset.max_length).tokenizer
         try:
-            config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads, vocab_size=tokenizer.vocab_size,
+            config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads,
+                                  vocab_size=tokenizer.vocab_size,
                                   max_length=preset.max_length, norm=preset.norm)
         except ValueError as error:
             raise InputError(f"--width: {error}") from None

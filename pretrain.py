@@ -136,9 +136,10 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
         if getattr(recipe, name, known[0]) not in known:
             raise InputError(f"--{prefix}{name} {getattr(recipe, name)}: there are {' and '.join(known)}")
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
-              "lr": (0, 1e3), "matrix_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3), "clip": (0, 1e9), "heads": (0, 1024),
+              "lr": (0, 1e3), "matrix_lr": (0, 1e3), "token_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3),
+              "clip": (0, 1e9), "heads": (0, 1024), "time_budget": (0, 1e5),
               "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
-              "time_budget": (0, 1e5), "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10), "token_lr": (0, 1e3)}
+              "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
@@ -394,7 +395,8 @@ def make_optimizers(model: nn.Module, recipe: Optimisation) -> list[torch.optim.
     decayed = [p for p in rest if recipe.decay_all or p.ndim >= 2]
     undecayed = [p for p in rest if not (recipe.decay_all or p.ndim >= 2)]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": undecayed, "weight_decay": 0.0},
-              *({"params": [p], "weight_decay": recipe.weight_decay, "lr": recipe.lr * tables[name]} for name, p in named if name in tables)]
+              *({"params": [p], "weight_decay": recipe.weight_decay, "lr": recipe.lr * tables[name]}
+                for name, p in named if name in tables)]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
     return [adamw, Muon(matrices, recipe.matrix_lr, weight_decay=recipe.weight_decay)] if matrices else [adamw]
 
@@ -514,7 +516,8 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                 save()
                 saved = time.perf_counter()
             if stop:
-                print(f"stopped at step {step}, {100 * min(1, now / end):.0f} % of the run; the same command (without --fresh) goes on from there", file=sys.stderr)
+                print(f"stopped at step {step}, {100 * min(1, now / end):.0f} % of the run; the same command (without --fresh) goes on "
+                      "from there", file=sys.stderr)
                 sys.exit(128 + stop[0])
     seconds = time.perf_counter() - started
     run.save(step, model, [], tokens=tokens, seconds=seconds, record=record, tail=[tail_loss, tail_steps])

@@ -26,8 +26,8 @@ from data import (Corpus, InputError, Task, add_source_flags, load_corpus, load_
                   text_key)
 from finetune import PRESETS as FINETUNE, TaskTables, finetune, points, twin_seed  # noqa: E402
 from model import MODELS  # noqa: E402
-from pretrain import (PRESETS, add_run_flags, checked, choose_hardware, load_pretrained, number, pretrain, read_json, result_record,  # noqa: E402
-                      write_json)
+from pretrain import (PRESETS, add_run_flags, checked, choose_hardware, load_pretrained, number, pretrain, read_json,  # noqa: E402
+                      result_record, write_json)
 
 # without an ingredient, what belongs to it goes back too: the tables' rates suit the starts
 ARMS = {
@@ -57,7 +57,8 @@ def changed(preset, changes: object, flag: str):
         raise InputError(f"{flag}: write {{name of the arm: {{setting: value}}}}")
     for name, value in changes.items():
         if name not in known or not isinstance(value, (known[name], int) if known[name] is float else known[name]):
-            raise InputError(f"{flag}: {name}: {value!r} is no setting; there are {', '.join(f'{n} ({t.__name__})' for n, t in known.items())}")
+            raise InputError(f"{flag}: {name}: {value!r} is no setting; there are "
+                             + ", ".join(f"{n} ({t.__name__})" for n, t in known.items()))
     return checked(dataclasses.replace(preset, **changes))
 
 

@@ -101,8 +101,8 @@ def claim_1(cells: dict[str, Cell]) -> str:
             rows.append(row)
     text = table(["task", "model", "seeds", "pre-trained, %", "from scratch, %", "gap, points"], rows)
     if "clean" in cells and "c1" in cells:  # their first seeds are the same
-        change = {t: [a - b for a, b in zip(cells["clean"].accuracies(t, "bert-1", "pretrained"), cells["c1"].accuracies(t, "bert-1", "pretrained"))]
-                  for t in cells["clean"].tasks}
+        both = {t: [cells[name].accuracies(t, "bert-1", "pretrained") for name in ("clean", "c1")] for t in cells["clean"].tasks}
+        change = {t: [a - b for a, b in zip(*values)] for t, values in both.items()}
         text += ("\n\nPre-trained without the articles that share ten words in a row with a test row, BERT-1 changes by: "
                  + "; ".join(f"{TASKS[t]} {difference(values)}" for t, values in change.items()) + ".")
     return text + (f"\n\nPre-training is worth: {'; '.join(verdicts)}." if verdicts else "")
@@ -164,13 +164,15 @@ def claim_4(cells: dict[str, Cell]) -> str:
     verdicts = "; ".join(f"{title} {against(c.tasks[task]['against_deep'])}" for task, title in TASKS.items())
     text += f"\n\nCommittee of {len(votes)} minus bert-6 (95 % bootstrap over test rows, one seed): {verdicts}."
     if conv := cells.get("conv"):
-        text += (f"\n\nThree BERT-1s with a convolutional stem (bert-1-conv3) on FewRel: {with_interval(conv.accuracies('fewrel', 'bert-1-conv3', 'pretrained'))} %, "
-                 f"gap {with_interval(conv.gaps('fewrel', 'bert-1-conv3'), sign=True)}; as a committee {100 * conv.tasks['fewrel']['committee']['bert-1-conv3'][0][-1]:.1f} %.")
+        values, gaps = conv.accuracies("fewrel", "bert-1-conv3", "pretrained"), conv.gaps("fewrel", "bert-1-conv3")
+        text += (f"\n\nThree BERT-1s with a convolutional stem (bert-1-conv3) on FewRel: {with_interval(values)} %, gap "
+                 f"{with_interval(gaps, sign=True)}; as a committee {100 * conv.tasks['fewrel']['committee']['bert-1-conv3'][0][-1]:.1f} %.")
     name = f"committee-{len(votes)}"
     latency, price = c.record["latency_ms"], c.record["price"]
     rows = [[m, f"{latency[m]['median']:.2f} ({latency[m]['p10']:.2f}-{latency[m]['p90']:.2f})", f"{latency[m]['texts_per_s']:.0f}",
              f"{price[m]['parameters'] / 1e6:.2f}", f"{price[m]['operations'] / 1e6:.0f}"] for m in ("bert-6", "member", name)]
-    return text + "\n\n" + table(["", "ms a text, median (10-90 %)", "texts/s in batches of 64", "M parameters", "M operations a text"], rows)
+    header = ["", "ms a text, median (10-90 %)", "texts/s in batches of 64", "M parameters", "M operations a text"]
+    return text + "\n\n" + table(header, rows)
 
 
 def controls(cells: dict[str, Cell]) -> str:
@@ -194,10 +196,39 @@ def grid(cells: dict[str, Cell]) -> str:
         small, large = (cells.get(f"c2-steps-{n}" if labels == 100 else f"grid-{labels}-{n}") for n in (5_000, 90_000))
         row.append(with_interval(large.accuracies("fewrel", "bert-1", "scratch")) if large else MISSING)
         for c in (small, large):
-            row.append(f"{with_interval(c.accuracies('fewrel', 'bert-1', 'pretrained'))}; gap {with_interval(c.gaps('fewrel', 'bert-1'), sign=True)}"
-                       if c else MISSING)
+            row.append(f"{with_interval(c.accuracies('fewrel', 'bert-1', 'pretrained'))}; "
+                       f"gap {with_interval(c.gaps('fewrel', 'bert-1'), sign=True)}" if c else MISSING)
         rows.append(row)
     return table(["labels a class", "from scratch, %", "5,000 articles, %", "90,000 articles, %"], rows)
+
+
+# ------------------------------------------------------------------------------------- the recipe, results/ablate.py
+def arms_of(pattern: str) -> list[tuple[str, str, dict]]:
+    """(name of the arm, model, the arm) of results/PATTERN, as ablate.py wrote them."""
+    found = []
+    for path in sorted(HERE.glob(pattern)):
+        record = read_json(path)
+        found += [(name, record["settings"]["model"], arm) for name, arm in record["arms"].items()]
+    return found
+
+
+def percent(arm: dict, kind: str) -> str:
+    (part,) = arm["tasks"].values()
+    (model,) = part["models"].values()
+    return with_interval([100 * x for x in model[kind]])
+
+
+def ablation(cells: dict[str, Cell]) -> str:
+    return table(["BERT-1, embedded default, 300 steps", "held-out loss, nats", "`topics`, pre-trained, %", "from scratch, %"], [
+        [name, with_interval(arm["held_out_loss"], digits=2), percent(arm, "pretrained"), percent(arm, "scratch")]
+        for name, _, arm in arms_of("recipe-ablation.json")])
+
+
+def half_hour(cells: dict[str, Cell]) -> str:
+    header = ["30 minutes of pre-training, one core each", "model", "held-out loss, nats", "FewRel, pre-trained, %", "from scratch, %"]
+    return table(header, [
+        [name, model, with_interval(arm["held_out_loss"], digits=2), percent(arm, "pretrained"), percent(arm, "scratch")]
+        for name, model, arm in arms_of("recipe-30-minutes-*.json")])
 
 
 # -------------------------------------------------------------------------------------------------- the figures
@@ -227,7 +258,8 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(7, 4))
         places = [(t, m) for t in TASKS for m in ("bert-6", "bert-1")]
         for x, (task, model) in enumerate(places):
-            for shift, kind, colour, marker, label in ((-0.08, "scratch", ORANGE, "o", "from scratch"), (0.08, "pretrained", BLUE, "s", "pre-trained")):
+            for shift, kind, colour, marker, label in ((-0.08, "scratch", ORANGE, "o", "from scratch"),
+                                                       (0.08, "pretrained", BLUE, "s", "pre-trained")):
                 points(axes, x + shift, c.accuracies(task, model, kind), colour, marker, label if x == 0 else None)
         axes.set_xticks(range(len(places)), [f"{TASKS[t]}\n{m}" for t, m in places])
         axes.set(ylabel="test accuracy, %", title="C1: with and without pre-training")
@@ -251,7 +283,8 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
         right.axhline(0, color=GREY, linewidth=1)
         left.legend(frameon=False)
         save(figure, "c2")
-    arms = [(task, arm, cells[f"c3-{task}-{arm}"]) for task in ("fewrel", "agnews") for arm in ("low", "random", "high") if f"c3-{task}-{arm}" in cells]
+    arms = [(task, arm, cells[f"c3-{task}-{arm}"]) for task in ("fewrel", "agnews") for arm in ("low", "random", "high")
+            if f"c3-{task}-{arm}" in cells]
     if arms:
         figure, axes = plt.subplots(figsize=(6, 4))
         for x, (task, arm, c) in enumerate(arms):
@@ -274,7 +307,8 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
     return made
 
 
-SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid}
+SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "ablation": ablation,
+            "half-hour": half_hour}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:
@@ -294,7 +328,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "study", metavar="DIR", help="the cells' JSON files (default results/study)")
     parser.add_argument("--figures", type=Path, default=HERE / "figures", metavar="DIR", help="where to draw (default results/figures)")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE", help="what to rewrite (default README.md)")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE", help="to rewrite (default README.md)")
     args = parser.parse_args()
     if not args.readme.is_file():
         raise InputError(f"--readme {args.readme}: no such file")

@@ -62,7 +62,8 @@ def plan() -> list[dict]:
             ("shuffled", "the articles' tokens shuffled within each text", "--arm shuffled"),
             ("unigram", "tokens drawn from the unigram distribution", "--arm unigram"),
             ("plain", "no start from counts or at neighbours: masked language modelling alone", plain)):
-        cells.append(cell(f"control-{name}", "control", question, fewrel, text=(name,), flags=flags, steps=1 if name == "counts" else STEPS))
+        cells.append(cell(f"control-{name}", "control", question, fewrel, text=(name,), flags=flags,
+                          steps=1 if name == "counts" else STEPS))
     cells.append(cell("c1", "C1", "three tasks, BERT-6 and BERT-1", three, deep=3, shallow=6, repeats=3))
     cells.append(cell("c4", "C4", "the same six BERT-1s as one committee", three, deep=1, shallow=6))
     for task in ("fewrel", "agnews"):
@@ -90,7 +91,8 @@ def main() -> None:
     record = {"machine": "2 cores of a Xeon at 2.5 GHz without bf16", "tokens_per_s_of_one_process_of_two": RATES,
               "minutes_predicted": round(total), "cells": cells}
     (HERE / "plan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    lines = [f"# {c['claim'] + ': ' if c['claim'] else ''}{c['question']} (about {c['minutes']:.0f} minutes)\n{c['command']}" for c in cells]
+    lines = [f"# {c['claim']}{': ' if c['claim'] else ''}{c['question']} (about {c['minutes']:.0f} minutes)\n{c['command']}"
+             for c in cells]
     lines[0] = f"if [ ! -d {PREPARED} ]; then\n{lines[0]}\nfi"
     (HERE / "reproduce.sh").write_text(
         "#!/bin/sh\n# The study, cell by cell; written by results/plan.py. From the repository's root, with FewRel, AG News, DBpedia and\n"

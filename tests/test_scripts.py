@@ -8,9 +8,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from data import load_tasks, text_key
 from material import write_articles, write_raw_folder, write_task_file
@@ -125,7 +127,31 @@ def test_committee_without_a_deep_model(material: Path) -> None:
 def test_bad_input_in_a_process_of_its_own(material: Path) -> None:
     out = run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--jobs", "2",
               "--lr", "900", "--warmup", "0", "--clip", "0", "--steps", "40", status=2)
-    assert "lower --lr" in out
+    assert "lower --lr" in out and out.count("error: ") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_a_signal_ends_all_processes_and_loses_nothing(material: Path) -> None:
+    """SIGTERM to the first process alone; the same command then goes on and gives the table of an undisturbed run."""
+    def command(runs: str) -> list[str]:
+        return ["committee.py", *map(str, sources(material)), "--runs-dir", str(material / runs), "--task", "fewrel", "--train-per-class", "5",
+                "--test-per-class", "4", "--steps", "400", "--jobs", "2", "--members", "2", "--deep", "none"]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "committee.py"), *command("halted")[1:]], env=environment, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    logs = material / "halted" / "pretrain"
+    for _ in range(600):
+        if len(list(logs.glob("*/log.jsonl"))) == 2 and all(len(p.read_text(encoding="utf-8").splitlines()) > 3 for p in logs.glob("*/log.jsonl")):
+            break
+        time.sleep(0.1)
+    process.terminate()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 143 and err.count("stopped at step") == 2 and "Traceback" not in err, err
+    steps = [torch.load(p, weights_only=True)["step"] for p in logs.glob("*/last.pt")]
+    assert len(steps) == 2 and all(0 < step < 400 for step in steps)
+    tables = [re.search(r"^fewrel: .*?(?=^latency)", run(*command(runs)), flags=re.M | re.S)[0] for runs in ("halted", "straight")]
+    assert tables[0] == tables[1]
 
 
 def test_committee_on_a_file_of_ones_own(material: Path) -> None:
