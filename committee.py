@@ -358,7 +358,7 @@ def main() -> None:
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}
                    for c in [*deep_runs, *sum(member_runs, [])]}
     record = result_record(settings, seconds, tasks={name: part for name, (part, _) in results.items()}, latency_ms=latency,
-                           price=prices, pretraining=pretraining, hardware=hardware.reason)
+                           price=prices, pretraining=pretraining, jobs=jobs, hardware=hardware.reason)
     folder = args.runs_dir / "committee" / f"{'-'.join(t.name for t in tasks)}-{settings_hash(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / "results.json", *([args.out] if args.out else [])):

@@ -224,6 +224,12 @@ def ablation(cells: dict[str, Cell]) -> str:
         for name, _, arm in arms_of("recipe-ablation.json")])
 
 
+def one_minute(cells: dict[str, Cell]) -> str:
+    rows = [[name, with_interval(arm["held_out_loss"], digits=2), percent(arm, "pretrained")]
+            for name, _, arm in arms_of("recipe-minute-*.json")]
+    return table(["BERT-1, embedded default, one minute on one core", "held-out loss, nats", "`topics`, %"], rows)
+
+
 def half_hour(cells: dict[str, Cell]) -> str:
     header = ["30 minutes of pre-training, one core each", "model", "held-out loss, nats", "FewRel, pre-trained, %", "from scratch, %"]
     return table(header, [
@@ -308,7 +314,7 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "ablation": ablation,
-            "half-hour": half_hour}
+            "minute": one_minute, "half-hour": half_hour}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:
