@@ -205,7 +205,7 @@ def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> 
     return float(gaps.abs().sum() / len(labels))
 
 
-def agreement(predictions: Sequence[Tensor]) -> float:
+def agreement(predictions: Sequence[Tensor] | Tensor) -> float:
     """Share of the rows on which two members predict the same class, mean over all pairs."""
     return float(np.mean([float((a == b).double().mean()) for a, b in itertools.combinations(predictions, 2)]))
 
@@ -215,15 +215,14 @@ def describe_votes(deep: Sequence[Path], groups: Sequence[Sequence[Path]]) -> di
 
     deep: fine-tuned runs; groups: the members of each committee.
     """
-    def error(runs: Sequence[Path]) -> float:
-        probabilities, labels = zip(*map(run_probabilities, runs))
-        return calibration_error(torch.stack(probabilities).mean(0), labels[0])
-
-    result = {"deep": np.mean([error([f]) for f in deep])} if deep else {}
-    result |= {"member": np.mean([error([f]) for group in groups for f in group]), "committee": np.mean([error(g) for g in groups])}
-    if len(groups[0]) > 1:
-        result["agreement"] = np.mean([agreement([run_probabilities(f)[0].argmax(-1) for f in group]) for group in groups])
-    return {name: float(value) for name, value in result.items()}
+    values: dict[str, list[float]] = {"deep": [calibration_error(*run_probabilities(f)) for f in deep]}
+    for group in groups:
+        read, labels = zip(*map(run_probabilities, group))
+        members = torch.stack(read)  # (K, rows, classes)
+        values.setdefault("member", []).extend(calibration_error(p, labels[0]) for p in members)
+        values.setdefault("committee", []).append(calibration_error(members.mean(0), labels[0]))
+        values.setdefault("agreement", []).extend([agreement(members.argmax(-1))] if len(group) > 1 else [])
+    return {name: float(np.mean(x)) for name, x in values.items() if x}
 
 
 def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe,

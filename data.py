@@ -1052,10 +1052,6 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
     if not args.arm:
         return corpus
-    if args.arm and args.arm_count < 1:
-        raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
-    if args.prepared and args.arm not in ("shuffled", "unigram"):
-        raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.arm in ("shuffled", "unigram"):
         return dataclasses.replace(corpus, train=scramble(corpus.train, across_texts=args.arm == "unigram"))
     arm = subset(corpus.train, arm_of_articles(args, tasks, corpus, articles))
@@ -1066,6 +1062,10 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
 def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> tuple[Corpus, list[Article]]:
     """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir.
     With --prepared there are no articles, only their tokens."""
+    if args.arm and args.arm_count < 1:
+        raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
+    if args.prepared and args.arm not in (None, "shuffled", "unigram"):
+        raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.prepared:
         return load_prepared(args.prepared, args.articles_count, max_length), []
     articles, held_out = pretraining_articles(args, tasks)
@@ -1195,10 +1195,15 @@ def arm_of_articles(args: argparse.Namespace, tasks: Sequence[Task], corpus: Cor
         return np.setdiff1d(np.arange(len(articles)), shared_ngrams(articles, [row for task in tasks for row in task.test])[1])
     if len(tasks) != 1:
         raise InputError(f"--arm {args.arm} is chosen by what the articles share with a task: name one with --task")
-    (task,), max_length, V = tasks, corpus.train.meta["max_length"], corpus.tokenizer.vocab_size
-    rows = make_table([text for text, _ in task.train], corpus.tokenizer, max_length, args.runs_dir / "tables", f"{task.name}-train")
-    return select_arm(corpus.train, overlap_scores(corpus.train, rows.tokens, V), [a.wiki for a in articles], args.arm, args.arm_count,
-                      max_length)
+    _, scores = overlap_with(args, tasks[0], corpus)
+    return select_arm(corpus.train, scores, [a.wiki for a in articles], args.arm, args.arm_count, corpus.train.meta["max_length"])
+
+
+def overlap_with(args: argparse.Namespace, task: Task, corpus: Corpus) -> tuple[TokenTable, np.ndarray]:
+    """(the task's training rows as a table, how much each article's tokens are theirs)."""
+    rows = make_table([text for text, _ in task.train], corpus.tokenizer, corpus.train.meta["max_length"], args.runs_dir / "tables",
+                      f"{task.name}-train")
+    return rows, overlap_scores(corpus.train, rows.tokens, corpus.tokenizer.vocab_size)
 
 
 def word_ngrams(text: str, n: int = 10) -> set[tuple[str, ...]]:
@@ -1223,20 +1228,18 @@ def shared_ngrams(articles: Sequence[Article], rows: Rows, n: int = 10) -> tuple
 
 def report_overlap(args: argparse.Namespace) -> None:
     """`data.py overlap`: each task's coverage by, and 10-grams shared with, the chosen articles or an arm of them."""
+    if args.arm in ("shuffled", "unigram"):
+        raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
     for task in load_tasks(args):
         corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
-        if args.arm in ("shuffled", "unigram"):
-            raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
         chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
-        table, V = subset(corpus.train, chosen), corpus.tokenizer.vocab_size
-        rows = make_table([text for text, _ in task.train], corpus.tokenizer, args.max_length, args.runs_dir / "tables",
-                          f"{task.name}-train")
+        table, (rows, scores) = subset(corpus.train, chosen), overlap_with(args, task, corpus)
         share, hits = shared_ngrams([articles[i] for i in chosen], task.test)
         print(json.dumps({
             "task": task.name, "arm": args.arm or "all", "articles": len(chosen), "tokens": len(table.tokens),
             "wikis": dict(Counter(articles[i].wiki or "?" for i in chosen)),
-            "mean_score": float(overlap_scores(corpus.train, rows.tokens, V)[chosen].mean()),
-            "coverage": coverage(rows.tokens, table.tokens, V),
+            "mean_score": float(scores[chosen].mean()),
+            "coverage": coverage(rows.tokens, table.tokens, corpus.tokenizer.vocab_size),
             "test_rows_sharing_10grams": share, "articles_sharing_10grams": len(hits)}, indent=1))
 
 

@@ -102,7 +102,7 @@ class PretrainRecipe(Optimisation):
 PRESETS = {
     "paper": PretrainRecipe(),
     "quick": PretrainRecipe(
-        steps=300, like_length=True, optimizer="muon", lr=1e-2, position_lr=0.05, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
+        steps=300, optimizer="muon", lr=1e-2, position_lr=0.05, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
         decay_all=False, clip=1.0, warmup=0.05, dropout=0.0, attention_dropout=0.0, width=128, heads=4, norm="pre", local_start=2.0,
         count_start=0.1, vocab_size=4_000, mask_rate=0.25),
     "smoke": PretrainRecipe(

@@ -20,12 +20,12 @@ sys.path.insert(0, str(HERE.parent))
 
 from data import InputError, run_script, write_atomically  # noqa: E402
 from finetune import mean_and_interval  # noqa: E402
+from plan import SIZES  # noqa: E402
 from pretrain import read_json  # noqa: E402
 
 MISSING = "not yet measured"
 TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
-SIZES = (5_000, 20_000, 40_000, 90_000)
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito's, safe for the colour-blind
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"  # Okabe and Ito's, safe for the colour-blind
 
 
 class Cell:
@@ -66,17 +66,16 @@ def difference(values: Sequence[float], unit: str = "points") -> str:
     mean, half = mean_and_interval(values)
     if len(values) < 2:
         return f"{mean:+.1f} {unit} (one seed)"
-    verdict = "" if abs(mean) > half else ", within noise"
-    return f"{mean:+.1f} {unit} ({mean - half:+.1f} to {mean + half:+.1f}{verdict})"
+    return against({"mean": mean, "low": mean - half, "high": mean + half}, unit)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
-def against(d: dict[str, float]) -> str:
-    """A difference that committee.py measured, in words."""
-    return f"{d['mean']:+.1f} points ({d['low']:+.1f} to {d['high']:+.1f}{'' if d['low'] > 0 or d['high'] < 0 else ', within noise'})"
+def against(d: dict[str, float], unit: str = "points") -> str:
+    """A difference with the ends of its interval, as committee.py keeps it, in words."""
+    return f"{d['mean']:+.1f} {unit} ({d['low']:+.1f} to {d['high']:+.1f}{'' if d['low'] > 0 or d['high'] < 0 else ', within noise'})"
 
 
 def slopes(cells: Sequence[Cell], sizes: Sequence[int], task: str, model: str) -> list[float]:
