@@ -349,9 +349,10 @@ class Muon(torch.optim.Optimizer):
     matrix for one, and orthogonalises matrices one by one: here those of one shape go through as one batch.
     """
 
-    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+                 dtype: torch.dtype = torch.float32) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = torch.bfloat16 if matrices[0].is_cuda else torch.float32
+        self.dtype = dtype  # of the iteration's products; bfloat16 is good enough, and float16 is not
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -385,8 +386,11 @@ def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-def make_optimizers(model: nn.Module, recipe: Optimisation) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the layers and AdamW for embeddings, heads, norms, biases."""
+def make_optimizers(model: nn.Module, recipe: Optimisation, dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices inside the layers and AdamW for embeddings, heads, norms, biases.
+
+    dtype: of Muon's matrix products, float32 or bfloat16.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if recipe.optimizer == "muon" and ".layers." in name and p.ndim == 2]
     chosen = {id(p) for p in matrices}
@@ -398,7 +402,7 @@ def make_optimizers(model: nn.Module, recipe: Optimisation) -> list[torch.optim.
               *({"params": [p], "weight_decay": recipe.weight_decay, "lr": recipe.lr * tables[name]}
                 for name, p in named if name in tables)]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
-    return [adamw, Muon(matrices, recipe.matrix_lr, weight_decay=recipe.weight_decay)] if matrices else [adamw]
+    return [adamw, Muon(matrices, recipe.matrix_lr, weight_decay=recipe.weight_decay, dtype=dtype)] if matrices else [adamw]
 
 
 def schedule(recipe: Optimisation, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -438,7 +442,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
     seconds between checkpoints.
     Returns the last evaluation with the mean loss of the last tenth of the run, its steps and the seconds of training.
     """
-    optimizers = make_optimizers(model, recipe)
+    optimizers = make_optimizers(model, recipe, torch.bfloat16 if hardware.dtype == torch.bfloat16 else torch.float32)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
     peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
     state = run.resume(model, optimizers)

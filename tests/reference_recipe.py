@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -67,14 +67,15 @@ class Stem(nn.Module):
         return self.blocks(hidden_states[:, None])[:, 0]
 
 
-def build(reference: Reference) -> BertForMaskedLM:
-    """Their model builder: a Hugging Face BERT, with the stem as its first encoder layer where there is one."""
+def build(reference: Reference, classes: int = 0) -> BertForMaskedLM | BertForSequenceClassification:
+    """Their model builder: a Hugging Face BERT, with the stem as its first encoder layer where there is one. classes: of a classifier."""
     ids = (CLS, PAD) if reference.fault_ids else (PAD, CLS)
     config = BertConfig(
         vocab_size=reference.vocab_size, hidden_size=reference.width, num_hidden_layers=reference.layers + bool(reference.conv_kernels),
         num_attention_heads=reference.heads, intermediate_size=4 * reference.width, max_position_embeddings=reference.max_length,
-        hidden_dropout_prob=reference.dropout, attention_probs_dropout_prob=reference.dropout, pad_token_id=ids[0], cls_token_id=ids[1])
-    model = BertForMaskedLM(config)
+        hidden_dropout_prob=reference.dropout, attention_probs_dropout_prob=reference.dropout, pad_token_id=ids[0], cls_token_id=ids[1],
+        num_labels=classes)
+    model = BertForSequenceClassification(config) if classes else BertForMaskedLM(config)
     if reference.conv_kernels:
         if not reference.fault_stem:
             raise InputError("the reference has the authors' stem alone: pre-train ours with --fault-stem to compare")
@@ -100,11 +101,16 @@ def padded_batches(table: TokenTable, reference: Reference, generator: torch.Gen
     """One pass in random order, every text padded to max_length: (B, max_length)."""
     order = torch.randperm(len(table), generator=generator).numpy()
     for start in range(0, len(order), reference.batch_size):
-        batch = np.zeros((len(order[start : start + reference.batch_size]), reference.max_length), dtype=np.int64)
-        for row, text in zip(batch, order[start : start + reference.batch_size]):
-            ids = table.tokens[table.offsets[text] : table.offsets[text + 1]]
-            row[: len(ids)] = ids
-        yield torch.from_numpy(batch)
+        yield padded(table, order[start : start + reference.batch_size], reference.max_length)
+
+
+def padded(table: TokenTable, texts: np.ndarray, max_length: int) -> Tensor:
+    """Texts' indices -> input_ids (B, max_length)."""
+    batch = np.zeros((len(texts), max_length), dtype=np.int64)
+    for row, text in zip(batch, texts):
+        ids = table.tokens[table.offsets[text] : table.offsets[text + 1]]
+        row[: len(ids)] = ids
+    return torch.from_numpy(batch)
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, reference: Reference, generator: torch.Generator) -> Tensor:
@@ -117,11 +123,24 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tenso
     return loss.detach()
 
 
+def classification_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, labels: Tensor) -> Tensor:
+    """Their fine-tuning step."""
+    optimizer.zero_grad()
+    loss = model(input_ids=ids, attention_mask=(ids != PAD).long(), labels=labels).loss
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def make_optimizer(model: nn.Module, reference: Reference) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=reference.lr, weight_decay=reference.weight_decay)
+
+
 def train(reference: Reference, table: TokenTable, seed: int) -> BertForMaskedLM:
     """Pre-train as the authors' main script means to."""
     torch.manual_seed(seed)
     model, generator = build(reference).train(), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=reference.lr, weight_decay=reference.weight_decay)
+    optimizer = make_optimizer(model, reference)
     per_epoch = -(-len(table) // reference.batch_size)
     steps, step = reference.epochs * per_epoch, 0
     for epoch in range(reference.epochs):

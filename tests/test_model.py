@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from committee import SoftCommittee, agreement, calibration_error
 from model import (MODELS, PAD, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand, count_operations,
-                   count_parameters, named_config)
+                   count_parameters, dropout, named_config)
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -177,3 +177,24 @@ def test_local_start_looks_at_neighbours() -> None:
         inside = weights[:, head].diagonal(offset, dim1=-2, dim2=-1)  # from every token to the one at this offset
         assert inside.mean() > 0.5, f"head {head}"
     assert weights[:, 4:].max() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout(dtype: torch.dtype, p: float) -> None:
+    """The right share is dropped, anywhere; the mean stays; a seed repeats it; the gradient follows the mask."""
+    x = torch.ones(7, 301, 103, dtype=dtype, requires_grad=True)
+    torch.manual_seed(1)
+    y = dropout(x, p)
+    dropped = (y == 0).float()
+    for axis in ((1, 2), (0, 2), (0, 1)):
+        assert (dropped.mean(axis) - p).abs().max() < 6 * (p * (1 - p) * max(dropped.mean(axis).numel(), 1) / x.numel()) ** 0.5
+    flat = dropped.flatten()
+    for lag in range(1, 5):  # four decisions share a draw: are they independent?
+        assert abs(float(((flat[lag:] - p) * (flat[:-lag] - p)).mean())) < 0.003
+    assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p), dtype=dtype))
+    torch.manual_seed(1)
+    assert torch.equal(y, dropout(x, p))
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert dropout(x, 0.0) is x or torch.equal(dropout(x, 0.0), x)

@@ -1,0 +1,390 @@
+"""How fast the scripts are, beside the authors' way and beside the machine's own limit; writes results/speed-cpu.json or speed-<gpu>.json.
+
+The authors' way is tests/reference_recipe.py: Hugging Face's BERT, the vocabulary head on all positions, every text padded to 128, fp32
+on a CPU, fp16 autocast on a GPU. The two take turns (A B A B); a row has the medians of both, with their spread. Ours come from the logs
+of real runs of the scripts' own functions (`pretrain`, `finetune`, `predict_logits`, `measure_latency`): what is timed is what users run. The
+limit is a plain matrix product in the same type, measured in the same run, over the operations that a token needs with the vocabulary head
+on masked positions only.
+
+    python tests/benchmark_speed.py --quick                                    under 4 minutes on two cores
+    python tests/benchmark_speed.py --task fewrel --articles 'data/wikipedia/*.jsonl.gz' --articles-count 90000 --raw-dir data
+    python tests/benchmark_speed.py --grow                                     how cost grows; results/speed-growth-....json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from committee import SoftCommittee, measure_latency  # noqa: E402
+from data import (Corpus, InputError, Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table,  # noqa: E402
+                  pretraining_articles, run_script)
+from finetune import PRESETS as FINETUNE_PRESETS, TaskTables, finetune, predict_logits  # noqa: E402
+from model import MODELS, Classifier, count_operations, named_config  # noqa: E402
+from pretrain import PRESETS, Hardware, PretrainRecipe, choose_hardware, pretrain, result_record, write_json  # noqa: E402
+from reference_recipe import Reference, build, classification_step, make_optimizer, padded, training_step  # noqa: E402
+from tokenizer import PAD  # noqa: E402
+
+PAPER, QUICK, LENGTH = PRESETS["paper"], PRESETS["quick"], 128
+Rates = list[float]
+
+
+@dataclass
+class Bench:
+    """What the rows need: texts, a task, the hardware, and a folder for runs that are thrown away."""
+
+    corpus: Corpus
+    task: Task
+    hardware: Hardware
+    folder: Path
+
+    @property
+    def reference_dtype(self) -> torch.dtype:
+        return torch.float16 if self.hardware.device.type == "cuda" else torch.float32
+
+    def tables(self, test_rows: int) -> TaskTables:
+        chosen = self.task.test[:: max(1, len(self.task.test) // test_rows)][:test_rows]
+        return TaskTables.make(replace(self.task, test=chosen), self.corpus.tokenizer, LENGTH, self.folder, self.hardware.device)
+
+    def throw_away(self) -> Path:
+        return Path(tempfile.mkdtemp(dir=self.folder))
+
+
+def full_length(table: TokenTable, texts: int, length: int = LENGTH) -> TokenTable:
+    """So many texts of exactly `length` tokens, cut from a table's stream of tokens."""
+    digest = f"{table.meta['texts_sha256'][:40]}-full-{texts}-{length}"
+    return TokenTable(np.resize(table.tokens, texts * length), np.arange(texts + 1, dtype=np.int64) * length,
+                      {**table.meta, "texts_sha256": digest})
+
+
+# ------------------------------------------------------------------------------------------- ours, by the scripts' own functions
+def logged_rates(folder: Path) -> Rates:
+    """Tokens/s of a run's log lines, but for the first, in which everything warms up."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["tokens_per_s"] for line in lines if "tokens_per_s" in line][1:]
+
+
+def our_pretraining(bench: Bench, model: str, recipe: PretrainRecipe, steps: int, compiled: bool = False) -> Rates:
+    """Tokens/s of steps of pretrain.py."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return logged_rates(pretrain(model, replace(recipe, steps=steps + 1), bench.corpus, 0, bench.throw_away(), bench.hardware,
+                                     compiled=compiled))
+
+
+def our_finetuning(bench: Bench, model: str, steps: int) -> Rates:
+    """Texts/s of steps of finetune.py under the `paper` recipe, but with batches of like length as in `quick`."""
+    tables = bench.tables(64)
+    recipe = replace(FINETUNE_PRESETS["paper"], steps=steps + 1, like_length=True)
+    config = named_config(model, PAPER.width, vocab_size=bench.corpus.tokenizer.vocab_size, max_length=LENGTH)
+    with contextlib.redirect_stdout(sys.stderr):
+        folder = finetune(None, config, bench.corpus.tokenizer, tables, recipe, 0, bench.throw_away(), bench.hardware, label=model)
+    return [rate / float(tables.train.lengths.mean()) for rate in logged_rates(folder)]
+
+
+def our_prediction(bench: Bench, model: Classifier, rows: int) -> Rates:
+    """Texts/s of classifying the test rows."""
+    table = bench.tables(rows).test
+    start = time.perf_counter()
+    predict_logits(model, table, bench.hardware)
+    return [len(table.lengths) / (time.perf_counter() - start)]
+
+
+# --------------------------------------------------------------------------------------------------------- the authors' way
+def synchronised(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Theirs:
+    """A model of theirs with its optimizer, and steps of theirs."""
+
+    def __init__(self, bench: Bench, reference: Reference, classes: int = 0, dtype: torch.dtype | None = None) -> None:
+        self.bench, self.reference, self.device = bench, reference, bench.hardware.device
+        self.dtype = dtype or bench.reference_dtype
+        self.model = build(reference, classes).to(self.device).train()
+        self.optimizer, self.generator = make_optimizer(self.model, reference), torch.Generator().manual_seed(0)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def timed(self, steps: int, step: Callable[[np.ndarray], Tensor], unit: int) -> Rates:
+        rates, B = [], self.reference.batch_size
+        for i in range(steps + 1):
+            start = synchronised(self.device)
+            with self.autocast():
+                step(np.arange(i * B, (i + 1) * B))
+            rates.append(B * unit / (synchronised(self.device) - start))
+        return rates[1:]
+
+    def pretraining(self, steps: int) -> Rates:
+        """Tokens/s."""
+        return self.timed(steps, lambda rows: training_step(
+            self.model, self.optimizer, padded(self.bench.corpus.train, rows, LENGTH).to(self.device), self.reference, self.generator), LENGTH)
+
+    def finetuning(self, tables: TaskTables, table: TokenTable, steps: int) -> Rates:
+        """Texts/s."""
+        return self.timed(steps, lambda rows: classification_step(
+            self.model, self.optimizer, padded(table, rows, LENGTH).to(self.device), tables.train_labels[rows]), 1)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids: (B, T), padded to 128 here -> (B, classes)."""
+        ids = nn.functional.pad(ids, (0, LENGTH - ids.size(1)), value=PAD)
+        with self.autocast():
+            return self.model(input_ids=ids, attention_mask=(ids != PAD).long()).logits.float()
+
+    def prediction(self, table: TokenTable, rows: int) -> Rates:
+        """Texts/s."""
+        self.model.eval()
+        start = synchronised(self.device)
+        for first in range(0, rows, 64):
+            self.logits(padded(table, np.arange(first, min(first + 64, rows)), LENGTH).to(self.device))
+        return [rows / (synchronised(self.device) - start)]
+
+
+def their_pretraining(bench: Bench, reference: Reference, steps: int, dtype: torch.dtype | None = None) -> Rates:
+    return Theirs(bench, reference, dtype=dtype).pretraining(steps)
+
+
+# -------------------------------------------------------------------------------------------------------- measuring and telling
+def peak_memory(work: Callable[[], Rates]) -> tuple[Rates, float]:
+    """Run in a process of its own: (its result, the most memory it held in GB; 0 where the system does not tell)."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure_peak, (work,))
+
+
+def measure_peak(work: Callable[[], Rates]) -> tuple[Rates, float]:
+    rates = work()
+    if torch.cuda.is_available():
+        return rates, torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return rates, 0.0
+    return rates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def matrix_product_rate(hardware: Hardware, seconds: float = 2.0) -> float:
+    """Floating-point operations a second of (4096 x 768) @ (768 x 3072) in the type that training uses: the best of many."""
+    a, b = (torch.randn(shape, device=hardware.device).to(hardware.dtype) for shape in ((4096, 768), (768, 3072)))
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        start = synchronised(hardware.device)
+        for _ in range(20 if hardware.device.type == "cuda" else 1):
+            a @ b
+        done = synchronised(hardware.device) - start
+        best = max(best, 2 * 4096 * 768 * 3072 * (20 if hardware.device.type == "cuda" else 1) / done)
+    return best
+
+
+def alternate(ours: Callable[[], Rates], theirs: Callable[[], Rates], rounds: int) -> tuple[Rates, Rates]:
+    """A B A B: (our rates, their rates)."""
+    sides: tuple[Rates, Rates] = [], []
+    for _ in range(rounds):
+        for rates, side in zip(sides, (ours, theirs)):
+            rates += side()
+    return sides
+
+
+def row(name: str, unit: str, ours: Rates | float, reference: Rates | float, target: float, **more) -> dict:
+    """A row of the table: medians, their ratio, 10th and 90th percentiles. Where less is better (ms, s, GB), the ratio is turned round."""
+    def spread(values: Rates | float) -> tuple[float, list[float]]:
+        values = np.atleast_1d(values)
+        return float(np.median(values)), [float(np.percentile(values, 10)), float(np.percentile(values, 90))]
+
+    (a, a_spread), (b, b_spread) = spread(ours), spread(reference)
+    ratio = a / b if unit.endswith("/s") else b / a
+    record = {"name": name, "ours": a, "reference": b, "unit": unit, "ratio": ratio, "target": target, "met": ratio >= target,
+              "ours_10_90": a_spread, "reference_10_90": b_spread, **more}
+    print(f"{name:58}{a:12.5g}{b:12.5g} {unit:9}{ratio:8.2f}{target:8.2f}  {'met' if record['met'] else 'not met'}", flush=True)
+    return record
+
+
+def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -> list[dict]:
+    V, hardware, cuda = bench.corpus.tokenizer.vocab_size, bench.hardware, bench.hardware.device.type == "cuda"
+    steps, rows, rate = (20 if cuda else 1 if quick else 2), [], matrix_product_rate(hardware)
+    print(f"{hardware.reason}; matrix products: {rate / 1e9:.0f} GFLOP/s\n{'':58}{'ours':>12}{'reference':>12} {'unit':9}{'ratio':>8}{'target':>8}")
+
+    # the paper's two models, a pre-training step: each side in processes of its own, whose memory is taken
+    for model, target in (("bert-6", 3.7), ("bert-1", 7.0)):
+        sides: dict[str, list[tuple[Rates, float]]] = {"ours": [], "reference": []}
+        for _ in range(rounds):
+            sides["ours"].append(peak_memory(partial(our_pretraining, bench, model, PAPER, 2 * steps, cuda)))
+            sides["reference"].append(peak_memory(partial(their_pretraining, bench, Reference(layers=MODELS[model][0], vocab_size=V), steps)))
+        ours, theirs = ([r for rates, _ in sides[side] for r in rates] for side in sides)
+        config = named_config(model, PAPER.width, vocab_size=V)
+        limit = rate / (3 * count_operations(config, LENGTH, masked=round(0.15 * LENGTH)) / LENGTH)
+        rows.append(row(f"pre-training step, paper's {model}, 32 x 128, dropout 0.1", "tokens/s", ours, theirs, target,
+                        limit=limit, share_of_limit=float(np.median(ours)) / limit))
+        print(f"    {100 * rows[-1]['share_of_limit']:.0f} % of the limit of {limit:.0f} tokens/s")
+        if model == "bert-6":
+            ours, theirs = (max(peak for _, peak in sides[side]) for side in sides)
+            rows.append(row("    its peak memory", "GB", ours, theirs, 1 / 0.6))
+
+    classes, test = len(bench.task.classes), (128 if quick else 512)
+    tables = bench.tables(test)
+    texts = {part: make_table([text for text, _ in rows_], bench.corpus.tokenizer, LENGTH, bench.folder, f"{bench.task.name}-{part}")
+             for part, rows_ in (("train", tables.task.train), ("test", tables.task.test))}
+    deep = Theirs(bench, Reference(vocab_size=V), classes)
+    rows.append(row(f"fine-tuning step, paper's bert-6, {bench.task.name}", "texts/s", *alternate(
+        partial(our_finetuning, bench, "bert-6", 4 * steps), partial(deep.finetuning, tables, texts["train"], steps), rounds), 7.0))
+
+    def classifier(model: str) -> Classifier:
+        return Classifier(named_config(model, PAPER.width, vocab_size=V, max_length=LENGTH), classes).to(hardware.device).eval()
+
+    our_deep = classifier("bert-6")
+    rows.append(row(f"prediction, paper's bert-6, {bench.task.name}", "texts/s", *alternate(
+        partial(our_prediction, bench, our_deep, test), partial(deep.prediction, texts["test"], test), rounds), 8.0))
+    del deep
+
+    members = [Theirs(bench, Reference(layers=1, vocab_size=V), classes) for _ in range(5)]
+    for member in members:
+        member.model.eval()
+    latency = measure_latency({
+        "bert-6": our_deep, "ours": SoftCommittee([classifier("bert-1") for _ in range(5)]),
+        "theirs": lambda ids: sum(m.logits(ids).softmax(-1) for m in members) / 5}, bench.tables(128), hardware, texts=20 if quick else 60)
+    rows.append(row("soft committee of 5 paper's bert-1, 1 text", "ms", latency["ours"]["median"], latency["theirs"]["median"], 3.0,
+                    ours_p10_p90=[latency["ours"]["p10"], latency["ours"]["p90"]]))
+    rows.append(row("    the same against our own bert-6, 1 text", "ms", latency["ours"]["median"], latency["bert-6"]["median"], 1.0))
+    rows.append(row("soft committee of 5 paper's bert-1, batches of 64", "texts/s", latency["ours"]["texts_per_s"],
+                    latency["theirs"]["texts_per_s"], 6.0))
+    del members
+
+    many = 200 if cuda else 20 if quick else 60
+    for model in ("bert-6", "bert-1"):
+        recipe = replace(QUICK, count_start=0.0)  # the start is no part of a step
+        reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
+        small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
+        theirs = Theirs(small, reference, dtype=hardware.dtype)
+        rows.append(row(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s", *alternate(
+            partial(our_pretraining, small, model, recipe, many, cuda), partial(theirs.pretraining, many // 3), rounds), 2.5))
+
+    few = replace(PAPER, batch_size=32 if cuda else 4)
+    for model in ("bert-1-conv2",) if quick else ("bert-1-conv2", "bert-1-conv2-narrow", "bert-1-conv3", "bert-1-conv2-k16"):
+        config = named_config(model, PAPER.width)
+        reference = Reference(layers=1, width=config.width, heads=config.heads, vocab_size=V, conv_channels=config.conv_channels,
+                              conv_kernels=config.conv_kernels, batch_size=few.batch_size, fault_stem=True)
+        theirs = Theirs(bench, reference)
+        rows.append(row(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s", *alternate(
+            partial(our_pretraining, bench, model, few, steps, cuda), partial(theirs.pretraining, steps), rounds), 2.0))
+        del theirs
+
+    count = 10_000 if quick else 90_000
+    (seconds, texts_encoded), memory = peak_memory(partial(encode, args, bench, count))
+    rows.append(row(f"encode {texts_encoded} openings", "s", seconds, 20.0 * texts_encoded / 90_000, 1.0, reference_is="the target"))
+    rows.append(row("    its peak memory", "GB", memory, 1.0, 1.0, reference_is="the target"))
+    rows.append(row("start to first step, tables ready", "s", start_to_first_step(args, bench.folder), 5.0, 1.0, reference_is="the target"))
+    return rows
+
+
+def small_vocabulary(corpus: Corpus, size: int) -> Corpus:
+    """The same texts under a tokenizer of fewer pieces: ids beyond it are folded back. For timing alone."""
+    class Fewer:
+        vocab_size, hash, model = size, corpus.tokenizer.hash, corpus.tokenizer.model
+
+    def fold(table: TokenTable) -> TokenTable:
+        tokens = np.where(table.tokens < size, table.tokens, 5 + table.tokens % (size - 5)).astype(np.uint16)
+        return TokenTable(tokens, table.offsets, {**table.meta, "texts_sha256": f"{size}-{table.meta['texts_sha256']}"})
+
+    return Corpus(Fewer(), fold(corpus.train), fold(corpus.held_out))
+
+
+def encode(args: argparse.Namespace, bench: Bench, count: int) -> Rates:
+    """[seconds to encode the openings, how many]."""
+    articles, _ = pretraining_articles(args, [])
+    texts = [a.text for a in articles[:count]]
+    start = time.perf_counter()
+    make_table(texts, bench.corpus.tokenizer, LENGTH, bench.throw_away(), "articles")
+    return [time.perf_counter() - start, len(texts)]
+
+
+def start_to_first_step(args: argparse.Namespace, folder: Path) -> float:
+    """Seconds from `python pretrain.py ...` to its first logged step, tokenizer and tables being there."""
+    runs = args.runs_dir
+    source = [word for flag in ("articles", "task", "articles_count", "raw_dir", "runs_dir", "min_class_size") if (value := getattr(args, flag))
+              for word in (f"--{flag.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)]))]
+    command = [sys.executable, str(ROOT / "pretrain.py"), *source, "--vocab-size", str(args.vocab_size), "--steps", "1", "--fresh", "--width", "64",
+               "--name", "speed-start", "--count-start", "0"]
+    log, start = runs / "pretrain" / "speed-start" / "log.jsonl", time.perf_counter()
+    log.unlink(missing_ok=True)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (log.exists() and "tokens_per_s" in log.read_text(encoding="utf-8")):
+            time.sleep(0.02)
+        seconds = time.perf_counter() - start
+    if process.returncode:
+        raise InputError(f"{' '.join(command)}: ended with status {process.returncode}")
+    return seconds
+
+
+# ------------------------------------------------------------------------------------------------------------ how cost grows
+def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
+    """Tokens/s and memory of a pre-training step, of `quick`'s model with one thing changed at a time, and of committees of K at work."""
+    base = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
+    steps, result = 10, {}
+    changes: dict[str, Sequence[int]] = {"width": (64, 128, 256, 512, 768), "layers": (1, 6), "batch_size": (8, 32, 128),
+                                         "max_length": (32, 64, 128, 256)}
+    for what, values in changes.items():
+        for value in values[::2] if quick else values:
+            model = "bert-6" if (what, value) == ("layers", 6) else "bert-1"
+            recipe = replace(QUICK, count_start=0.0, local_start=0.0, heads=0, **({what: value} if what != "layers" else {}))
+            corpus = Corpus(base.corpus.tokenizer, *(full_length(t, len(t), recipe.max_length) for t in (base.corpus.train, base.corpus.held_out)))
+            rates, memory = peak_memory(partial(our_pretraining, replace(base, corpus=corpus), model, recipe, steps))
+            result.setdefault(what, []).append({"value": value, "tokens_per_s": float(np.median(rates)), "memory_gb": memory})
+            print(f"{what} {value}: {np.median(rates):.0f} tokens/s, {memory:.2f} GB", flush=True)
+    config, tables = named_config("bert-1", QUICK.width, vocab_size=4_000, max_length=LENGTH, norm="pre"), base.tables(64)
+    classifiers = [Classifier(config, len(bench.task.classes)).to(bench.hardware.device).eval() for _ in range(16)]
+    committees = {str(k): SoftCommittee(classifiers[:k]) for k in (1, 2, 4, 8, 16)}
+    for k, t in measure_latency(committees, tables, bench.hardware, texts=20).items():
+        result.setdefault("members", []).append({"value": int(k), "ms": t["median"], "texts_per_s": t["texts_per_s"]})
+        print(f"members {k}: {t['median']:.2f} ms a text, {t['texts_per_s']:.0f} texts/s in batches of 64", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: under 4 minutes on two cores")
+    parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the table")
+    parser.add_argument("--vocab-size", type=int, default=30_522, help="pieces of the tokenizer (default %(default)s, the paper's)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
+    parser.add_argument("--out", type=Path, help="default results/speed-cpu.json or results/speed-NAME-OF-GPU.json")
+    add_source_flags(parser)
+    args = parser.parse_args()
+    args.preset, started = "quick", time.perf_counter()
+    hardware = choose_hardware(args.device)
+    gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if hardware.device.type == "cuda" else ""
+    out = args.out or ROOT / "results" / f"speed-{'growth-' if args.grow else ''}{gpu or 'cpu'}.json"
+    os.environ["TQDM_DISABLE"] = "1"
+    task = load_tasks(args)[0]
+    corpus = load_corpus(args, [task], args.vocab_size, LENGTH)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(replace(corpus, train=full_length(corpus.train, 4_096), held_out=full_length(corpus.held_out, 8)), task, hardware,
+                      Path(folder))
+        measured = {"growth": growth(bench, args.quick)} if args.grow else {"rows": all_rows(bench, 2 if args.quick else 3, args.quick, args)}
+    record = result_record({"quick": args.quick, "task": task.name, "vocab_size": corpus.tokenizer.vocab_size},
+                           time.perf_counter() - started, hardware=hardware.reason, **measured)
+    write_json(out, record)
+    print(f"{out} written; {record['seconds'] / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run_script(main)
