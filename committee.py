@@ -284,9 +284,9 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     print("expected calibration error: " + ", ".join(f"{n} {v:.3f}" for n, v in quality.items() if n != "agreement")
           + (f"; two members agree on {100 * quality['agreement']:.0f} % of the rows" if args.members > 1 else ""))
 
-    classifiers = [load_classifier(unit[0]).to(hardware.device) for unit in shallow["pretrained"][0]]
+    classifiers = [load_classifier(unit[0], hardware) for unit in shallow["pretrained"][0]]
     slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    contenders = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device)} if deep_runs else {}
+    contenders = {args.deep: load_classifier(deep["pretrained"][0][0], hardware)} if deep_runs else {}
     contenders |= {"member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
     latency = measure_latency(contenders, tables, hardware)
     tokens = int(np.median(tables.test.lengths))

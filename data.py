@@ -24,6 +24,7 @@ import hashlib
 import heapq
 import html
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -654,8 +655,7 @@ def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
 
 def text_key(text: str, characters: int | None = None) -> str:
     """Letters and digits of a text, case-folded: texts with the same key count as the same text."""
-    letters = "".join(c for c in text.casefold() if c.isalnum())
-    return letters[:characters]
+    return "".join(itertools.islice((c for c in text.casefold() if c.isalnum()), characters))
 
 
 def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -> tuple[list[Article], list[Article]]:

@@ -134,7 +134,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
 
         final = train(run, model, recipe, hardware, seed, steps, batches.per_epoch, gradients,
                       label=f"{tables.task.name}: {'fine-tune ' + name if checkpoint else 'from scratch ' + label} {seed}")
-        logits = predict_logits(model, tables.test, hardware)
+        logits = predict_logits(hardware.for_inference(model), tables.test, hardware)
         with write_atomically(folder / "logits.npz") as file:
             np.savez_compressed(file, logits=logits.numpy(), labels=tables.test_labels.cpu().numpy())
         result = accuracy(logits, tables.test_labels)
@@ -231,12 +231,12 @@ def points(values: Sequence[float]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- prediction
-def load_classifier(folder: Path) -> Classifier:
-    """The classifier of a finished fine-tuning run, ready to be used, on the CPU."""
+def load_classifier(folder: Path, hardware: Hardware | None = None) -> Classifier:
+    """The classifier of a finished fine-tuning run: ready to be used on this hardware, or as it was saved."""
     settings = load_settings(folder, "finetune")
     model = Classifier(BertConfig(**settings["config"]), len(settings["classes"])).eval()
     model.load_state_dict(load_checkpoint(folder)["model"])
-    return model
+    return hardware.for_inference(model) if hardware else model
 
 
 class Predictor:
@@ -245,7 +245,7 @@ class Predictor:
     def __init__(self, folder: Path, hardware: Hardware) -> None:
         self.classes, self.hardware = load_settings(folder, "finetune")["classes"], hardware
         self.tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        self.model = load_classifier(folder).to(hardware.device)
+        self.model = load_classifier(folder, hardware)
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, float]]:

@@ -176,6 +176,14 @@ class Hardware:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def for_inference(self, model: nn.Module) -> nn.Module:
+        """The model itself, on the device, its linear layers' weights in the type of matrix products: autocast, which would round them
+        at every call to the same numbers, has nothing left to do."""
+        for part in model.modules():
+            if isinstance(part, nn.Linear):
+                part.to(self.dtype)
+        return model.to(self.device).eval()
+
 
 def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     """bf16 where the hardware has it, else fp16 (GPUs) or fp32. device, dtype: "auto", or what the user insists on."""

@@ -177,11 +177,10 @@ def measure_peak(work: Callable[[], Rates]) -> tuple[Rates, float]:
     rates = work()
     if torch.cuda.is_available():
         return rates, torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return rates, 0.0
-    return rates, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    with contextlib.suppress(OSError):  # getrusage would count what the parent held when it started this process
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
+        return rates, int(found[1]) / 1e6 if found else 0.0
+    return rates, 0.0
 
 
 def matrix_product_rate(hardware: Hardware, seconds: float = 2.0) -> float:
@@ -250,7 +249,7 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
         partial(our_finetuning, bench, "bert-6", 4 * steps), partial(deep.finetuning, tables, texts["train"], steps), rounds), 7.0))
 
     def classifier(model: str) -> Classifier:
-        return Classifier(named_config(model, PAPER.width, vocab_size=V, max_length=LENGTH), classes).to(hardware.device).eval()
+        return hardware.for_inference(Classifier(named_config(model, PAPER.width, vocab_size=V, max_length=LENGTH), classes))
 
     our_deep = classifier("bert-6")
     rows.append(row(f"prediction, paper's bert-6, {bench.task.name}", "texts/s", *alternate(
@@ -352,7 +351,7 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
             result.setdefault(what, []).append({"value": value, "tokens_per_s": float(np.median(rates)), "memory_gb": memory})
             print(f"{what} {value}: {np.median(rates):.0f} tokens/s, {memory:.2f} GB", flush=True)
     config, tables = named_config("bert-1", QUICK.width, vocab_size=4_000, max_length=LENGTH, norm="pre"), base.tables(64)
-    classifiers = [Classifier(config, len(bench.task.classes)).to(bench.hardware.device).eval() for _ in range(16)]
+    classifiers = [bench.hardware.for_inference(Classifier(config, len(bench.task.classes))) for _ in range(16)]
     committees = {str(k): SoftCommittee(classifiers[:k]) for k in (1, 2, 4, 8, 16)}
     for k, t in measure_latency(committees, tables, bench.hardware, texts=20).items():
         result.setdefault("members", []).append({"value": int(k), "ms": t["median"], "texts_per_s": t["texts_per_s"]})

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import pretrain as pretraining
+from committee import SoftCommittee
 from data import Corpus, DeviceTable, InputError, TokenTable, make_table
 from material import articles, small_tokenizer
-from model import MaskedLM, named_config
+from model import Classifier, MaskedLM, named_config
 from pretrain import (PRESETS, Hardware, Muon, Optimisation, count_embeddings, held_out_loss, load_checkpoint, make_optimizers,
                       mask_tokens, orthogonalise, pretrain, schedule, start_from_counts, unigram_loss)
 from tokenizer import CLS, FIRST_PIECE, MASK
@@ -284,3 +285,17 @@ def test_tables_learn_at_their_own_rates(corpus: Corpus) -> None:
     rates = {id(p): g["lr"] for g in groups for p in g["params"]}
     assert rates[id(model.bert.token.weight)] == pytest.approx(0.03) and rates[id(model.bert.position.weight)] == pytest.approx(0.005)
     assert rates[id(model.bias)] == rates[id(model.dense.weight)] == 0.1 and len(rates) == sum(len(g["params"]) for g in groups)
+
+
+def test_stored_in_the_type_of_products() -> None:
+    """for_inference rounds the weights once, to what autocast makes of them at every call: the same logits, bit by bit."""
+    hardware = Hardware(torch.device("cpu"), torch.bfloat16, "")
+    torch.manual_seed(0)
+    members = [Classifier(named_config("bert-1-conv2", 64, vocab_size=50, max_length=16), 3).eval() for _ in range(2)]
+    ids = torch.randint(5, 50, (4, 16))
+    with torch.no_grad(), hardware.autocast():
+        before = [m(ids) for m in members], SoftCommittee(members)(ids)
+        members = [hardware.for_inference(m) for m in members]
+        assert all(m.pooler.weight.dtype == torch.bfloat16 for m in members)
+        assert torch.equal(before[1], SoftCommittee(members)(ids))
+        assert all(torch.equal(x, m(ids)) for x, m in zip(before[0], members))
