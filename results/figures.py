@@ -236,6 +236,47 @@ def half_hour(cells: dict[str, Cell]) -> str:
         for name, model, arm in arms_of("recipe-30-minutes-*.json")])
 
 
+# ------------------------------------------------------------------------------- speed, tests/benchmark_speed.py
+def speed(cells: dict[str, Cell]) -> str:
+    texts = []
+    for path in sorted(HERE.glob("speed-*.json")):
+        record = read_json(path)
+        if "rows" not in record:
+            continue  # of --grow
+        rows = []
+        for r in record["rows"]:
+            limit = f" ({100 * r['share_of_limit']:.0f} % of the machine's limit)" if "share_of_limit" in r else ""
+            theirs = "" if r.get("reference_is") else f"{r['reference']:,.4g}"
+            aim = f"{r['reference']:.3g} {r['unit']}" if r.get("reference_is") else f"{r['target']:.1f}"
+            rows.append([r["name"].strip(), f"{r['ours']:,.4g}{limit}", theirs, r["unit"], "" if r.get("reference_is") else f"{r['ratio']:.1f}",
+                         f"{aim}{'' if r['met'] else ', not met'}"])
+        machine = record["machine"]
+        texts.append(f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores; {record['hardware']}; `{record['command']}`\n\n"
+                     + table(["", "ours", "the authors' way", "unit", "times faster", "aim"], rows))
+    return "\n\n".join(texts) or MISSING
+
+
+def draw_growth(plt, record: dict):
+    """Cost of `quick`'s model with one thing changed at a time: tokens/s above, memory below; committees: texts/s, ms."""
+    titles = {"width": "width", "layers": "layers", "batch_size": "texts a step", "max_length": "tokens a text", "members": "members K"}
+    figure, panels = plt.subplots(2, len(titles), figsize=(14, 5.5), sharex="col")
+    for column, (what, title) in zip(panels.T, titles.items()):
+        found = record["growth"][what]
+        keys = ("texts_per_s", "ms") if what == "members" else ("tokens_per_s", "memory_gb")
+        for axes, key, colour, marker in zip(column, keys, (BLUE, ORANGE), "so"):
+            axes.plot([x["value"] for x in found], [x[key] for x in found], color=colour, marker=marker)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([x["value"] for x in found], [str(x["value"]) for x in found])
+            axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel({"texts_per_s": "texts/s, batches of 64", "ms": "ms for one text", "tokens_per_s": "training, tokens/s",
+                             "memory_gb": "peak memory, GB"}[key])
+        column[1].set_xlabel(title)
+    figure.suptitle("How cost grows: quick's BERT-1, one thing changed at a time; committees of K at work")
+    figure.tight_layout()
+    return figure
+
+
 # -------------------------------------------------------------------------------------------------- the figures
 def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
     """PNG files of what there is to draw; none without matplotlib."""
@@ -309,11 +350,13 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
         panels[0].legend(frameon=False)
         figure.suptitle("C4: the soft committee against the deep model", y=1.03)
         save(figure, "c4")
+    for path in HERE.glob("speed-growth-*.json"):
+        save(draw_growth(plt, read_json(path)), "growth-" + path.stem.removeprefix("speed-growth-"))
     return made
 
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "ablation": ablation,
-            "minute": one_minute, "half-hour": half_hour}
+            "minute": one_minute, "half-hour": half_hour, "speed": speed}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:

@@ -129,12 +129,14 @@ class Theirs:
 
     def timed(self, steps: int, step: Callable[[np.ndarray], Tensor], unit: int) -> Rates:
         rates, B = [], self.reference.batch_size
-        for i in range(steps + 1):
+        with self.autocast():
+            step(np.arange(2))  # warm-up
+        for i in range(steps):
             start = synchronised(self.device)
             with self.autocast():
                 step(np.arange(i * B, (i + 1) * B))
             rates.append(B * unit / (synchronised(self.device) - start))
-        return rates[1:]
+        return rates
 
     def pretraining(self, steps: int) -> Rates:
         """Tokens/s."""
@@ -234,11 +236,11 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
         config = named_config(model, PAPER.width, vocab_size=V)
         limit = rate / (3 * count_operations(config, LENGTH, masked=round(0.15 * LENGTH)) / LENGTH)
         rows.append(row(f"pre-training step, paper's {model}, 32 x 128, dropout 0.1", "tokens/s", ours, theirs, target,
-                        limit=limit, share_of_limit=float(np.median(ours)) / limit))
+                        limit=limit, share_of_limit=float(np.median(ours)) / limit,
+                        **{f"{side}_memory_gb": max(peak for _, peak in sides[side]) for side in sides}))
         print(f"    {100 * rows[-1]['share_of_limit']:.0f} % of the limit of {limit:.0f} tokens/s")
         if model == "bert-6":
-            ours, theirs = (max(peak for _, peak in sides[side]) for side in sides)
-            rows.append(row("    its peak memory", "GB", ours, theirs, 1 / 0.6))
+            rows.append(row("    its peak memory", "GB", rows[-1]["ours_memory_gb"], rows[-1]["reference_memory_gb"], 1 / 0.6))
 
     classes, test = len(bench.task.classes), (128 if quick else 512)
     tables = bench.tables(test)
@@ -269,14 +271,18 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
                     latency["theirs"]["texts_per_s"], 6.0))
     del members
 
+    def memory(ours: Callable[[], Rates]) -> dict[str, float]:
+        return {} if quick else {"ours_memory_gb": peak_memory(ours)[1]}
+
     many = 200 if cuda else 20 if quick else 60
     for model in ("bert-6", "bert-1"):
         recipe = replace(QUICK, count_start=0.0)  # the start is no part of a step
         reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
         small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
         theirs = Theirs(small, reference, dtype=hardware.dtype)
-        rows.append(row(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s", *alternate(
-            partial(our_pretraining, small, model, recipe, many, cuda), partial(theirs.pretraining, many // 3), rounds), 2.5))
+        ours = partial(our_pretraining, small, model, recipe, many, cuda)
+        rows.append(row(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s",
+                        *alternate(ours, partial(theirs.pretraining, many // 3), rounds), 2.5, **memory(ours)))
 
     few = replace(PAPER, batch_size=32 if cuda else 4)
     for model in ("bert-1-conv2",) if quick else ("bert-1-conv2", "bert-1-conv2-narrow", "bert-1-conv3", "bert-1-conv2-k16"):
@@ -284,28 +290,35 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
         reference = Reference(layers=1, width=config.width, heads=config.heads, vocab_size=V, conv_channels=config.conv_channels,
                               conv_kernels=config.conv_kernels, batch_size=few.batch_size, fault_stem=True)
         theirs = Theirs(bench, reference)
-        rows.append(row(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s", *alternate(
-            partial(our_pretraining, bench, model, few, steps, cuda), partial(theirs.pretraining, steps), rounds), 2.0))
+        ours = partial(our_pretraining, bench, model, few, 2 * steps, cuda)
+        rows.append(row(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s",
+                        *alternate(ours, partial(theirs.pretraining, steps), rounds), 2.0, **memory(ours)))
         del theirs
 
     count = 10_000 if quick else 90_000
-    (seconds, texts_encoded), memory = peak_memory(partial(encode, args, bench, count))
+    (seconds, texts_encoded), peak = peak_memory(partial(encode, args, bench, count))
     rows.append(row(f"encode {texts_encoded} openings", "s", seconds, 20.0 * texts_encoded / 90_000, 1.0, reference_is="the target"))
-    rows.append(row("    its peak memory", "GB", memory, 1.0, 1.0, reference_is="the target"))
+    rows.append(row("    its peak memory", "GB", peak, 1.0, 1.0, reference_is="the target"))
     rows.append(row("start to first step, tables ready", "s", start_to_first_step(args, bench.folder), 5.0, 1.0, reference_is="the target"))
     return rows
 
 
+@dataclass
+class Pieces:
+    """What pretrain.py asks of a tokenizer."""
+
+    vocab_size: int
+    hash: str
+    model: bytes
+
+
 def small_vocabulary(corpus: Corpus, size: int) -> Corpus:
     """The same texts under a tokenizer of fewer pieces: ids beyond it are folded back. For timing alone."""
-    class Fewer:
-        vocab_size, hash, model = size, corpus.tokenizer.hash, corpus.tokenizer.model
-
     def fold(table: TokenTable) -> TokenTable:
         tokens = np.where(table.tokens < size, table.tokens, 5 + table.tokens % (size - 5)).astype(np.uint16)
         return TokenTable(tokens, table.offsets, {**table.meta, "texts_sha256": f"{size}-{table.meta['texts_sha256']}"})
 
-    return Corpus(Fewer(), fold(corpus.train), fold(corpus.held_out))
+    return Corpus(Pieces(size, corpus.tokenizer.hash, corpus.tokenizer.model), fold(corpus.train), fold(corpus.held_out))
 
 
 def encode(args: argparse.Namespace, bench: Bench, count: int) -> Rates:
