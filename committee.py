@@ -159,6 +159,23 @@ def work(queue: multiprocessing.SimpleQueue, errors: multiprocessing.SimpleQueue
         sys.exit(130)
 
 
+def train_member(number: int, deep: list[Unit], members: list[Unit], corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe,
+                 args: argparse.Namespace, hardware: Hardware) -> None:
+    """--member: pre-train one member (1, 2, ...) or the deep model (0; one a repeat), fine-tune it and its twin on every task."""
+    chosen = members[number - 1 : number] if number else deep
+    if not chosen:
+        raise InputError(f"--member {number}: there are {len(members)}, numbered from 1" + (", and no deep model" if not deep else ", and 0 "
+                         f"is {args.deep}"))
+    for unit in chosen:
+        checkpoint = pretrain_unit(unit, corpus, args, hardware, args.fresh)
+        for task in tasks:
+            tables = TaskTables.make(task, corpus.tokenizer, config_of(checkpoint).max_length, args.runs_dir, hardware.device)
+            for pretrained in (True, False):
+                for folder in finetune_unit(checkpoint, pretrained, corpus.tokenizer, tables, recipe, args, hardware):
+                    print(f"{folder}: accuracy {100 * run_accuracy(folder):.1f} %, {'pre-trained' if pretrained else 'from scratch'}")
+    print("next: the other members (--member), then the same command without --member")
+
+
 def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, tasks: list[Task], *material) -> None:
     """Pre-train the units, then fine-tune each and its twin on every task, in several processes, which share the threads:
     models this small do not know what to do with two. The first units are begun first, and should be the slowest.
@@ -309,6 +326,9 @@ def main() -> None:
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
     group.add_argument("--jobs", type=number(1), metavar="N",
                        help="models trained at once, in processes that share the threads (default: the threads, at most 4; on a GPU 1)")
+    group.add_argument("--member", type=number(0), metavar="I",
+                       help="train number I alone, 1 to K a member and 0 the deep model, here or on another machine; the same command "
+                            "without --member then takes what is in --runs-dir, trains what is missing, and makes the table")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the results, JSON, to FILE too")
     add_run_flags(parser)
     add_source_flags(parser)
@@ -327,6 +347,9 @@ def main() -> None:
     tasks = load_tasks(args)
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
     deep, members = planned(args, recipe)
+    if args.member is not None:
+        train_member(args.member, deep, sum(members, []), corpus, tasks, finetune_recipe, args, hardware)
+        return
     units = [*deep, *sum(members, [])]
     jobs = min(len(units), args.jobs or (min(4, torch.get_num_threads()) if hardware.device.type == "cpu" else 1))
     if jobs > 1:

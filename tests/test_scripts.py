@@ -162,6 +162,20 @@ def test_committee_on_a_file_of_ones_own(material: Path) -> None:
     assert "name a file" in run("committee.py", *sources(material), "--out", material, status=2)
 
 
+def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
+    """One member in a call of its own, and the call after it gathers: it trains the other alone."""
+    command = ["committee.py", *sources(material), "--runs-dir", material / "runs-member", "--task-file", material / "train.csv",
+               material / "test.csv", "--members", "2", "--deep", "none", "--jobs", "1"]
+    out = run(*command, "--member", "2")
+    assert out.count(": accuracy ") == 2 and "next: the other members" in out
+    (alone,) = (material / "runs-member/pretrain").glob("*/last.pt")
+    assert "-seed101-" in str(alone)  # number 2
+    stamp = alone.stat().st_mtime_ns
+    assert "committee of 2 bert-1" in run(*command) and alone.stat().st_mtime_ns == stamp
+    assert len(list((material / "runs-member/pretrain").glob("*/last.pt"))) == 2
+    assert "there are 2, numbered from 1, and no deep model" in run(*command, "--member", "3", status=2)
+
+
 def test_ablation_script(material: Path) -> None:
     """Arms of recipes; what it classifies are training rows, never test rows."""
     out = material / "ablation.json"
