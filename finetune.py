@@ -285,6 +285,7 @@ def answer(args: argparse.Namespace, predictor: Predictor) -> None:
     if args.predict is not None:
         show([args.predict])
     elif str(args.predict_file) == "-":
+        torch.set_num_threads(1)  # for one short text, threads cost more than they give
         with open(sys.stdin.fileno(), encoding="utf-8-sig", errors="replace", closefd=False) as lines:
             for line in lines:
                 show([line.rstrip("\n")])
