@@ -5,6 +5,7 @@ Last of the six files, and the one to run first: it does the whole job, from raw
     python committee.py                                                         the embedded default, minutes on two cores
     python committee.py --task fewrel --wiki simplewiki --articles-count 20000  the paper's data, downloaded
     python committee.py --task fewrel agnews dbpedia --articles 'wiki*.jsonl.gz' --raw-dir DIR --members 6 --seeds 3
+    python committee.py --predict "Some text." runs/committee/RUN               a finished committee at work
 
 The members of a committee are pre-trained separately, with their own seeds for initialisation, article order, masks and
 fine-tuning; they share the articles, and with --count-start what counting tells of them. Their vote is soft: the mean of their
@@ -32,8 +33,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, TaskTables, difference, finetune, gap_sentence, in_words,
-                      load_classifier, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, TaskTables, add_predict_flags, answer, difference, finetune,
+                      gap_sentence, in_words, load_classifier, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, load_settings, number, pretrain, read_json, result_record,
@@ -157,6 +158,23 @@ def work(queue: multiprocessing.SimpleQueue, errors: multiprocessing.SimpleQueue
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def train_member(number: int, deep: list[Unit], members: list[Unit], corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe,
+                 args: argparse.Namespace, hardware: Hardware) -> None:
+    """--member: pre-train one member (1, 2, ...) or the deep model (0; one a repeat), fine-tune it and its twin on every task."""
+    chosen = members[number - 1 : number] if number else deep
+    if not chosen:
+        raise InputError(f"--member {number}: there are {len(members)}, numbered from 1" + (", and no deep model" if not deep else ", and 0 "
+                         f"is {args.deep}"))
+    for unit in chosen:
+        checkpoint = pretrain_unit(unit, corpus, args, hardware, args.fresh)
+        for task in tasks:
+            tables = TaskTables.make(task, corpus.tokenizer, config_of(checkpoint).max_length, args.runs_dir, hardware.device)
+            for pretrained in (True, False):
+                for folder in finetune_unit(checkpoint, pretrained, corpus.tokenizer, tables, recipe, args, hardware):
+                    print(f"{folder}: accuracy {100 * run_accuracy(folder):.1f} %, {'pre-trained' if pretrained else 'from scratch'}")
+    print("next: the other members (--member), then the same command without --member")
 
 
 def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, tasks: list[Task], *material) -> None:
@@ -293,11 +311,22 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     return {"models": models, "tokens": tokens,
             "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
             "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
-            "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
+            "voters": [unit[0].name for unit in shallow["pretrained"][0]], "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
+
+
+def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware) -> Predictor:
+    """The finished committee of a folder under runs/committee/, for one of its tasks (the first, where none is named)."""
+    tasks = read_json(folder / "results.json").get("tasks", {})
+    name = task[0] if task else next(iter(tasks), "")
+    if "voters" not in tasks.get(name, {}):
+        raise InputError(f"{folder}: no committee for task {name!r} in it; it has {', '.join(tasks) or 'none'}")
+    members = [folder.resolve().parent.parent / "finetune" / voter for voter in tasks[name]["voters"]]
+    return Predictor(members[0], hardware, SoftCommittee([load_classifier(member, hardware) for member in members]))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", type=Path, help="with --predict: a finished committee under runs/committee/")
     group = parser.add_argument_group("who votes")
     group.add_argument("--members", type=number(1), metavar="K", help="members of the committee (default: quick 4, paper 6)")
     group.add_argument("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="MODEL",
@@ -309,12 +338,23 @@ def main() -> None:
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
     group.add_argument("--jobs", type=number(1), metavar="N",
                        help="models trained at once, in processes that share the threads (default: the threads, at most 4; on a GPU 1)")
+    group.add_argument("--member", type=number(0), metavar="I",
+                       help="train number I alone, 1 to K a member and 0 the deep model, here or on another machine; the same command "
+                            "without --member then takes what is in --runs-dir, trains what is missing, and makes the table")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the results, JSON, to FILE too")
+    add_predict_flags(parser)
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training (values of the presets in brackets)")
     add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning (values of the presets in brackets)", prefix="ft-")
     args = parser.parse_args()
+    if args.predict is not None or args.predict_file:
+        if not args.run:
+            raise InputError("--predict needs the folder of a finished committee, under runs/committee/")
+        answer(args, load_committee(args.run, args.task, choose_hardware(args.device, args.dtype)))
+        return
+    if args.run:
+        raise InputError(f"{args.run}: a committee's folder is named with --predict")
     args.members = args.members or MEMBERS[args.preset]
     if args.out and (args.out.is_dir() or not args.out.resolve().parent.is_dir()):
         raise InputError(f"--out {args.out}: name a file, in a folder that exists")
@@ -327,6 +367,9 @@ def main() -> None:
     tasks = load_tasks(args)
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
     deep, members = planned(args, recipe)
+    if args.member is not None:
+        train_member(args.member, deep, sum(members, []), corpus, tasks, finetune_recipe, args, hardware)
+        return
     units = [*deep, *sum(members, [])]
     jobs = min(len(units), args.jobs or (min(4, torch.get_num_threads()) if hardware.device.type == "cpu" else 1))
     if jobs > 1:
@@ -351,7 +394,7 @@ def main() -> None:
               f"{prices[model]['operations'] / 1e6:14.1f}")
     print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
     seconds = time.perf_counter() - started
-    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir")}
+    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir", "run")}
     settings = json.loads(json.dumps(settings, default=str))  # paths, and lists of them
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}

@@ -6,7 +6,8 @@ what is reported is the accuracy after the last epoch.
     python finetune.py --checkpoint runs/pretrain/bert-1-... --task fewrel --seeds 3     fine-tune it, and its twin
     python finetune.py --checkpoint RUN1 RUN2 --task agnews dbpedia                      several initialisations
     python finetune.py --model bert-1 --task-file my.csv                                 from scratch only
-    python finetune.py --predict "Some text." RUN       or   --predict-file FILE RUN      a finished run at work
+    python finetune.py --predict "Some text." RUN                                        a finished run at work
+    python finetune.py --predict-file FILE RUN                                           on every line of a file
     python finetune.py --export DIR RUN                                                  a folder for Hugging Face
 """
 
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
@@ -231,26 +233,28 @@ def points(values: Sequence[float]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- prediction
-def load_classifier(folder: Path, hardware: Hardware | None = None) -> Classifier:
-    """The classifier of a finished fine-tuning run: ready to be used on this hardware, or as it was saved."""
+def load_classifier(folder: Path, hardware: Hardware) -> Classifier:
+    """The classifier of a finished fine-tuning run, ready to be used on this hardware."""
     settings = load_settings(folder, "finetune")
     model = Classifier(BertConfig(**settings["config"]), len(settings["classes"])).eval()
     model.load_state_dict(load_checkpoint(folder)["model"])
-    return hardware.for_inference(model) if hardware else model
+    return hardware.for_inference(model)
 
 
 class Predictor:
-    """A finished fine-tuning run at work on texts of its user."""
+    """A finished fine-tuning run at work on texts of its user; or a committee, then `folder` is one of its members."""
 
-    def __init__(self, folder: Path, hardware: Hardware) -> None:
-        self.classes, self.hardware = load_settings(folder, "finetune")["classes"], hardware
+    def __init__(self, folder: Path, hardware: Hardware, committee: nn.Module | None = None) -> None:
+        settings = load_settings(folder, "finetune")
+        self.classes, self.max_length, self.hardware = settings["classes"], settings["config"]["max_length"], hardware
         self.tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        self.model = load_classifier(folder, hardware)
+        self.model = committee or load_classifier(folder, hardware)
+        self.votes = committee is not None  # what it returns are probabilities already
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, float]]:
         """Class name -> probability, likeliest first, for every text."""
-        ids = self.tokenizer.encode(texts, self.model.config.max_length)
+        ids = self.tokenizer.encode(texts, self.max_length)
         result = []
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
@@ -258,9 +262,38 @@ class Predictor:
             for row, text in zip(input_ids, part):
                 row[: len(text)] = torch.from_numpy(text.astype(np.int64))
             with self.hardware.autocast():
-                probabilities = self.model(input_ids.to(self.hardware.device)).float().softmax(-1).cpu()
+                output = self.model(input_ids.to(self.hardware.device)).float()
+            probabilities = (output if self.votes else output.softmax(-1)).cpu()
             result += [dict(sorted(zip(self.classes, row.tolist()), key=lambda pair: -pair[1])) for row in probabilities]
         return result
+
+
+def add_predict_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prediction: JSON lines with the class and the probabilities of the five likeliest")
+    group.add_argument("--predict", metavar="TEXT", help="classify this text with RUN")
+    group.add_argument("--predict-file", type=Path, metavar="FILE",
+                       help="classify every line of FILE with RUN; -: of the standard input, each answered as it comes")
+
+
+def answer(args: argparse.Namespace, predictor: Predictor) -> None:
+    """--predict and --predict-file: a JSON line for every text."""
+    def show(texts: Sequence[str]) -> None:
+        for text, probabilities in zip(texts, predictor(texts)):
+            best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
+            print(json.dumps({"text": text, "label": next(iter(best)), "probabilities": best}, ensure_ascii=False), flush=True)
+
+    if args.predict is not None:
+        show([args.predict])
+    elif str(args.predict_file) == "-":
+        torch.set_num_threads(1)  # for one short text, threads cost more than they give
+        with open(sys.stdin.fileno(), encoding="utf-8-sig", errors="replace", closefd=False) as lines:
+            for line in lines:
+                show([line.rstrip("\n")])
+    else:
+        try:
+            show(args.predict_file.read_text(encoding="utf-8-sig").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{args.predict_file}: cannot be read ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -273,9 +306,8 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
     parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
     parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
-    parser.add_argument("--predict", metavar="TEXT", help="classify this text with RUN")
-    parser.add_argument("--predict-file", type=Path, metavar="FILE", help="classify every line of FILE with RUN; JSON lines out")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write RUN as a Hugging Face model folder DIR")
+    add_predict_flags(parser)
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, FinetuneRecipe, PRESETS, "recipe (values of the presets in brackets)")
@@ -284,13 +316,7 @@ def main() -> None:
     if args.predict is not None or args.predict_file:
         if not args.run:
             raise InputError("--predict needs the folder of a finished run, under runs/finetune/")
-        try:
-            texts = [args.predict] if args.predict is not None else args.predict_file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{args.predict_file}: cannot be read ({error})") from None
-        for text, probabilities in zip(texts, Predictor(args.run, hardware)(texts)):
-            best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
-            print(json.dumps({"text": text, "label": next(iter(best)), "probabilities": best}, ensure_ascii=False))
+        answer(args, Predictor(args.run, hardware))
         return
     if args.export:
         if not args.run:

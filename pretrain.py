@@ -32,12 +32,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, load_corpus,
@@ -188,9 +191,16 @@ class Hardware:
 def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     """bf16 where the hardware has it, else fp16 (GPUs) or fp32. device, dtype: "auto", or what the user insists on."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        mps = torch.backends.mps.is_available() and world_size() == 1  # which gloo does not serve
+        device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    if device == "cuda" and world_size() > 1:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise InputError(f"--nproc_per_node: this machine has {gpus} GPUs; start as many processes, or use --device cpu")
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
     if device.startswith("cuda"):
         native = torch.cuda.get_device_capability() >= (8, 0)
         best, reason = ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16; loss scaling is on")
@@ -204,6 +214,7 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
         best, reason, name = "fp32", "no faster type was tried here", device
     chosen = best if dtype == "auto" else dtype
     reason = reason if dtype == "auto" else "as asked"
+    name = f"{world_size()} ranks: {name}" if world_size() > 1 else name
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     return Hardware(torch.device(device), types[chosen], f"{name}; matrix products in {chosen} ({reason})")
 
@@ -224,6 +235,55 @@ def maybe_compile(model: nn.Module, wanted: bool) -> Callable:
         print("note: --compile needs a C++ compiler and none was found; going on without", file=sys.stderr)
         wanted = False
     return torch.compile(model, dynamic=True) if wanted else model
+
+
+# ------------------------------------------------------------------------------------------- several processes
+# Under torchrun several processes, the ranks, train one model: each holds all of it, draws the order and the masks of the whole
+# batch, and computes its slice. DistributedDataParallel averages the gradients, so all ranks make the same step.
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def ranks() -> Iterator[None]:
+    """Joins the other ranks, where torchrun has started this process. Only rank 0 prints what is not an error."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backends, timeout=timedelta(days=1))  # the others wait while rank 0 downloads
+    try:
+        with contextlib.redirect_stdout(sys.stdout if rank() == 0 else open(os.devnull, "w", encoding="utf-8")):
+            yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """The others come when rank 0 is through, and find on the disk what it has left there."""
+    if rank():
+        try:
+            dist.barrier()
+        except RuntimeError:  # rank 0 has ended, and said why
+            sys.exit(2)
+    yield
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
+
+
+def agree(stop: Sequence[int], now: int) -> tuple[int, int]:
+    """(a signal that any rank has caught, or 0; rank 0's `now`), so that all ranks go on and stop together."""
+    signal_number = stop[0] if stop else 0
+    if world_size() > 1:
+        both = torch.tensor([signal_number, now if rank() == 0 else 0])  # on the CPU: nobody waits for a GPU
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        signal_number, now = both.tolist()
+    return signal_number, now
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -252,7 +312,7 @@ class Run:
     folder's lock: two processes never train in one folder.
 
     settings: everything that decides the result. A folder with other settings is refused, unless fresh. One in which another
-    process trains is refused, unless wait.
+    process trains is refused, unless wait. Of several ranks, 0 alone holds the lock and writes.
     """
 
     def __init__(self, folder: Path, settings: dict, tokenizer: Tokenizer, fresh: bool = False, wait: bool = False) -> None:
@@ -261,10 +321,15 @@ class Run:
         self.results: dict | None = None
 
     def __enter__(self) -> Run:
+        with rank_0_first():
+            self.open()
+        return self
+
+    def open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = file_lock(self.folder / "lock", wait=self.wait)
+        self.lock = file_lock(self.folder / "lock", wait=self.wait) if rank() == 0 else contextlib.nullcontext()
         self.lock.__enter__()
-        if self.fresh:
+        if self.fresh and rank() == 0:
             for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
                 (self.folder / name).unlink(missing_ok=True)
         if (self.folder / "config.json").exists():
@@ -278,17 +343,20 @@ class Run:
             with write_atomically(self.folder / "tokenizer.model") as file:
                 file.write(self.tokenizer.model)
             write_json(self.folder / "config.json", self.settings)
-        return self
 
     def __exit__(self, *error) -> None:
         self.lock.__exit__(*error)
 
     def log(self, **record) -> None:
+        if rank():
+            return
         with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], **more) -> None:
         """A checkpoint, atomically. A finished run's (no optimizers) holds the weights alone."""
+        if rank():
+            return
         with write_atomically(self.folder / "last.pt") as file:
             torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **more}, file)
 
@@ -300,7 +368,7 @@ class Run:
             model.load_state_dict(state["model"])
             for optimizer, saved in zip(optimizers, state["optimizers"]):
                 optimizer.load_state_dict(saved)
-        if (log := self.folder / "log.jsonl").exists():
+        if rank() == 0 and (log := self.folder / "log.jsonl").exists():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= state["step"]]
             write_text(log, "".join(line + "\n" for line in (kept if state["step"] else [])))
@@ -469,6 +537,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
         return int(end * (time.perf_counter() - started) / (60 * recipe.time_budget)) if recipe.time_budget else step
 
     now = progress() if tail_steps or not recipe.time_budget else min(progress(), end - 1)  # at least one step closes a run
+    _, now = agree([], now)
     if step == 0 and header:
         run.log(step=0, **header)
     model.train()
@@ -480,7 +549,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                  tail=[tail_loss, tail_steps], scaler=scaler.state_dict(), **({"losses": torch.stack(losses)} if losses else {}))
 
     with stop_signals() as stop, tqdm(total=None if recipe.time_budget else steps, initial=step, desc=label, unit="step", mininterval=1.0,
-                                      dynamic_ncols=True, leave=False) as bar:
+                                      dynamic_ncols=True, leave=False, disable=rank() > 0) as bar:
         while now < end:
             # through a hash, because PyTorch's CPU generator keeps the low 32 bits of a seed alone
             torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
@@ -503,7 +572,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
             losses.append(loss)
             step, tokens, window_tokens = step + 1, tokens + seen, window_tokens + seen
             bar.update()
-            before, now = now, progress()
+            before, (told, now) = now, agree(stop, progress())
             if now // log_every > before // log_every or now >= end:
                 mean = torch.stack(losses).mean().item()  # the one place where the host waits for the device
                 if not math.isfinite(mean):
@@ -522,15 +591,17 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                     record = evaluate()
                     model.train()
                     run.log(step=step, **record)
-                    bar.write(f"{label} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr)
+                    if rank() == 0:
+                        bar.write(f"{label} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr)
                     window_start = time.perf_counter()
-            if stop or time.perf_counter() - saved > save_every:
+            if told or time.perf_counter() - saved > save_every:
                 save()
                 saved = time.perf_counter()
-            if stop:
+            if told and rank() == 0:
                 print(f"stopped at step {step}, {100 * min(1, now / end):.0f} % of the run; the same command (without --fresh) goes on "
                       "from there", file=sys.stderr)
-                sys.exit(128 + stop[0])
+            if told:
+                sys.exit(128 + told)
     seconds = time.perf_counter() - started
     run.save(step, model, [], tokens=tokens, seconds=seconds, record=record, tail=[tail_loss, tail_steps])
     model.eval()
@@ -676,7 +747,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         if recipe.count_start and not (folder / "last.pt").exists():  # a checkpoint holds all that would be counted again
             start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables")
         model.to(hardware.device)
-        forward = maybe_compile(model, compiled)
+        forward = maybe_compile(DistributedDataParallel(model) if world_size() > 1 else model, compiled)
         train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)
         batches = Batches(corpus.train.lengths, recipe, seed)
         steps = recipe.steps or recipe.epochs * batches.per_epoch
@@ -689,25 +760,33 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
             input_ids = train_table.batch(batches[step])
             masked, positions, labels = mask_tokens(input_ids, vocab_size, recipe.mask_rate,
                                                     special_replacements=recipe.fault_special)
+            if rank():  # all ranks have drawn the masks of the whole batch; from here on each draws its own dropout
+                torch.manual_seed(torch.initial_seed() + rank())
             rows, T = input_ids.shape
-            part = recipe.micro_batch or rows
+            share = -(-rows // world_size())  # this rank's slice; the last may be shorter, or empty
+            part = min(recipe.micro_batch or share, share)
             total = torch.zeros((), device=input_ids.device)
-            for start in range(0, rows, part):  # each part weighs as many masked tokens as it has: an exact split
+            for start in range(rank() * share, (rank() + 1) * share, part):  # as many parts on every rank
+                stop = min(start + part, (rank() + 1) * share)
                 inside = slice(None)
                 if part < rows:
-                    inside = (positions >= start * T) & (positions < (start + part) * T)
+                    inside = (positions >= start * T) & (positions < stop * T)
                 with hardware.autocast():
-                    logits = forward(masked[start : start + part], positions[inside] - start * T)
+                    logits = forward(masked[start:stop], positions[inside] - start * T)
+                # each part weighs as many masked tokens as it has: an exact split
                 loss = F.cross_entropy(logits.float(), labels[inside], reduction="sum") / max(1, len(labels))
-                backward(loss)
+                backward(loss * world_size())  # DistributedDataParallel takes the mean over the ranks, this is to be the sum
                 total += loss.detach()
+            if world_size() > 1:
+                dist.all_reduce(total)
             return total, int(corpus.train.lengths[batches[step]].sum())
 
         final = train(run, model, recipe, hardware, seed, steps, batches.per_epoch, gradients, label=f"pre-train {model_name} {seed}",
                       header={"unigram_loss": round(unigram, 5), "parameters": count_parameters(model)},
                       evaluate=lambda: held_out_loss(model, held_out, vocab_size, hardware))
-        write_json(folder / "results.json", result_record(settings, final["seconds"], tasks={}, latency_ms={}, unigram_loss=unigram,
-                                                          hardware=hardware.reason, **{k: v for k, v in final.items() if k != "seconds"}))
+        if rank() == 0:
+            write_json(folder / "results.json", result_record(settings, final["seconds"], tasks={}, latency_ms={}, unigram_loss=unigram,
+                                                              hardware=hardware.reason, **{k: v for k, v in final.items() if k != "seconds"}))
     return folder
 
 
@@ -836,16 +915,19 @@ def main() -> None:
         model, tokenizer = load_masked_lm(args.export[1])
         export_model(model, tokenizer, args.export[0])
         return
-    recipe, hardware = chosen_recipe(args, PRESETS), choose_hardware(args.device, args.dtype)
-    print(hardware.reason, flush=True)
-    tasks = load_tasks(args) if args.task or args.task_file or not (args.articles or args.wiki or args.prepared) else []
-    corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
-    folder = pretrain(args.model, recipe, corpus, args.seed, args.runs_dir, hardware, name=args.name, fresh=args.fresh,
-                      compiled=args.compile)
-    results = read_json(folder / "results.json")
-    print(f"{folder}: held-out loss {results['held_out_loss']:.3f} nats (unigram baseline {results['unigram_loss']:.3f}), "
-          f"accuracy {results['held_out_accuracy']:.3f}, {results['seconds']:.0f} s\n"
-          f"next: python finetune.py --checkpoint {folder}")
+    with ranks():
+        with rank_0_first():
+            recipe, hardware = chosen_recipe(args, PRESETS), choose_hardware(args.device, args.dtype)
+            print(hardware.reason, flush=True)
+            tasks = load_tasks(args) if args.task or args.task_file or not (args.articles or args.wiki or args.prepared) else []
+            corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
+        folder = pretrain(args.model, recipe, corpus, args.seed, args.runs_dir, hardware, name=args.name, fresh=args.fresh,
+                          compiled=args.compile)
+        if rank() == 0:
+            results = read_json(folder / "results.json")
+            print(f"{folder}: held-out loss {results['held_out_loss']:.3f} nats (unigram baseline {results['unigram_loss']:.3f}), "
+                  f"accuracy {results['held_out_accuracy']:.3f}, {results['seconds']:.0f} s\n"
+                  f"next: python finetune.py --checkpoint {folder}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ class InputError(ValueError):
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Run a script's main(): bad input ends in one line and exit status 2, Ctrl-C in status 130; no traceback."""
+    """Run a script's main(): bad input ends in one line and exit status 2, Ctrl-C in status 130; no traceback.
+    What is printed is UTF-8 everywhere, piped on Windows too."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
     except InputError as error:

@@ -15,7 +15,9 @@ import pytest
 import torch
 
 from data import load_tasks, text_key
+from finetune import Predictor
 from material import write_articles, write_raw_folder, write_task_file
+from pretrain import choose_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -75,6 +77,9 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     (material / "lines.txt").write_text("one\n\nthree é\n", encoding="utf-8")
     answers = [json.loads(line) for line in run("finetune.py", "--predict-file", material / "lines.txt", run_folder).splitlines()]
     assert [a["text"] for a in answers] == ["one", "", "three é"]
+    shown = subprocess.run([sys.executable, str(ROOT / "finetune.py"), "--predict-file", "-", str(run_folder)], check=True,
+                           input="one\n\nthree é\n".encode(), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert [json.loads(line) for line in shown.stdout.decode("utf-8").splitlines()] == answers  # whatever the terminal's encoding
 
 
 def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
@@ -160,6 +165,28 @@ def test_committee_on_a_file_of_ones_own(material: Path) -> None:
               "--deep", "none", "--out", kept)
     assert "train: 3 classes" in out and json.loads(kept.read_text(encoding="utf-8"))["settings"]["task_file"][0].endswith("train.csv")
     assert "name a file" in run("committee.py", *sources(material), "--out", material, status=2)
+
+
+def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
+    """One member in a call of its own, and the call after it gathers: it trains the other alone."""
+    command = ["committee.py", *sources(material), "--runs-dir", material / "runs-member", "--task-file", material / "train.csv",
+               material / "test.csv", "--members", "2", "--deep", "none", "--jobs", "1"]
+    out = run(*command, "--member", "2")
+    assert out.count(": accuracy ") == 2 and "next: the other members" in out
+    (alone,) = (material / "runs-member/pretrain").glob("*/last.pt")
+    assert "-seed101-" in str(alone)  # number 2
+    stamp = alone.stat().st_mtime_ns
+    out = run(*command)
+    assert "committee of 2 bert-1" in out and alone.stat().st_mtime_ns == stamp
+    assert len(list((material / "runs-member/pretrain").glob("*/last.pt"))) == 2
+    assert "there are 2, numbered from 1, and no deep model" in run(*command, "--member", "3", status=2)
+    committee = Path(re.search(r"(\S.*)results\.json written", out)[1])
+    text = "bridge number 3 crosses brazil today"
+    voted = json.loads(run("committee.py", "--predict", text, committee))["probabilities"]
+    hardware = choose_hardware("cpu")
+    voters = [Predictor(folder, hardware)([text])[0] for folder in (material / "runs-member/finetune").glob("train-bert*")]
+    assert len(voters) == 2 and voted == {name: pytest.approx((voters[0][name] + voters[1][name]) / 2, abs=2e-4) for name in voted}
+    assert "no committee for task 'agnews'" in run("committee.py", "--predict", text, committee, "--task", "agnews", status=2)
 
 
 def test_ablation_script(material: Path) -> None:

@@ -1,0 +1,72 @@
+"""Several processes for one run: torchrun, as its user starts it, with gloo on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pretrain as pretraining
+from material import write_articles
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name != "posix", reason="needs gloo, and a signal")
+
+
+def torchrun(processes: int, arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(ROOT / "pretrain.py")]
+    return subprocess.Popen([*command, *arguments], text=True, encoding="utf-8", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def losses(folder: Path) -> list[float]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, of which one alone is told to stop; three go on, one of them with no text of four to do. The steps, in parts on the
+    ranks, are those of a single process: the same losses, the same weights."""
+    articles = write_articles(tmp_path / "wiki é.jsonl.gz", 150)
+
+    def arguments(runs: str) -> list[str]:
+        return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(tmp_path / runs), "--name", "r", "--batch-size", "4",
+                "--steps", "80", "--micro-batch", "1", "--device", "cpu", "--dtype", "fp32"]
+
+    ranks = tmp_path / "ranks" / "pretrain" / "r"
+    process = torchrun(2, arguments("ranks"))
+    while process.poll() is None and not ((ranks / "log.jsonl").exists() and len(losses(ranks)) > 3):
+        time.sleep(0.02)
+    first = int((ranks / "lock").read_text(encoding="ascii"))
+    family = [line.split() for line in subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
+              .stdout.splitlines()]
+    (second,) = [int(pid) for pid, parent in family if int(parent) == process.pid and int(pid) != first]
+    os.kill(second, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode and err.count("stopped at step") == 1, err
+    assert 0 < (stopped := torch.load(ranks / "last.pt", weights_only=True)["step"]) < 80
+    process = torchrun(3, arguments("ranks"))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert out.count("held-out loss") == 1 and "3 ranks" in out, out  # rank 0 alone prints
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments("one")])
+    pretraining.main()
+    one = tmp_path / "one" / "pretrain" / "r"
+    assert len(losses(one)) == 80 > stopped and losses(ranks) == pytest.approx(losses(one), abs=2e-4)
+    a, b = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (ranks, one))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=0)
+    results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (ranks, one)]
+    assert results[0]["held_out_loss"] == pytest.approx(results[1]["held_out_loss"], abs=1e-4)
+
+
+def test_bad_input_on_several_ranks_is_one_line(tmp_path: Path) -> None:
+    out, err = torchrun(2, ["--articles", str(tmp_path / "none.txt"), "--runs-dir", str(tmp_path)]).communicate(timeout=60)
+    assert err.count("error: ") == 1 and "no such file" in err, err
