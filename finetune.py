@@ -19,6 +19,8 @@ import json
 import math
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,9 @@ from torch import Tensor, nn
 from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
-                      choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained,
-                      load_settings, maybe_compile, number, read_json, result_record, setting, settings_hash, train, write_json)
+                      choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, load_checkpoint, load_pretrained,
+                      load_settings, load_weights, maybe_compile, number, read_json, result_record, setting, settings_hash,
+                      short_memory_named, tokenizer_of, train, write_json)
 from tokenizer import Tokenizer
 
 
@@ -91,12 +94,13 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, tables: TaskTables, recipe: FinetuneRecipe,
-             seed: int, runs_dir: Path, hardware: Hardware, *, fresh: bool = False, compiled: bool = False, label: str = "") -> Path:
+             seed: int, runs_dir: Path, hardware: Hardware, *, fresh: bool = False, compiled: bool = False, label: str = "",
+             wait: bool = False) -> Path:
     """Train a classifier on a task and test it after the last epoch; returns its run folder, which also holds the logits
     of the test rows. A finished run is not trained again.
 
     checkpoint: a pre-training run, or None for its twin from scratch. The twin begins at N(0, init_std), and its tables learn at the
-    full rate, since they hold nothing to spare; both are better for it (results/recipe-search.json).
+    full rate, since they hold nothing to spare; both are better for it (results/recipe-search.json). wait: as for pretrain.
     """
     if checkpoint is None:
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
@@ -108,13 +112,13 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
                 "classes": tables.task.classes, "rows": tables.hash}
     name = checkpoint.name if checkpoint else f"scratch-{label}"
     folder = runs_dir / "finetune" / f"{tables.task.name}-{name}-seed{seed}-{settings_hash(settings)}"
-    with Run(folder, settings, tokenizer, fresh) as run:
+    with Run(folder, settings, tokenizer, fresh, wait) as run, short_memory_named(folder):
         if run.results:
             return folder
         torch.manual_seed(seed)
         model = Classifier(config, len(tables.task.classes))
         if start:
-            model.bert.load_state_dict({k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")})
+            load_weights(model.bert, {k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")}, checkpoint)
         model.to(hardware.device)
         forward = maybe_compile(model, compiled)
         batches = Batches(tables.train.lengths, recipe, seed)
@@ -141,7 +145,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             np.savez_compressed(file, logits=logits.numpy(), labels=tables.test_labels.cpu().numpy())
         result = accuracy(logits, tables.test_labels)
         kind = "pretrained" if checkpoint else "scratch"
-        model_name = read_json(checkpoint / "config.json")["model"] if checkpoint else label
+        model_name = load_settings(checkpoint, "pretrain")["model"] if checkpoint else label
         write_json(folder / "results.json", result_record(
             settings, final["seconds"], tasks={tables.task.name: {"models": {model_name: {kind: [result]}}, "committee": {}}},
             latency_ms={}, accuracy=result, train_loss=final["train_loss"], steps=final["steps"], hardware=hardware.reason))
@@ -150,11 +154,11 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
 
 def twin_seed(checkpoint: Path | None, number: int) -> int:
     """The seed of fine-tuning number 0, 1, ... of a pre-training run, and of its twin from scratch."""
-    return 1_000 * number + (read_json(checkpoint / "config.json")["seed"] if checkpoint else 0)
+    return 1_000 * number + (load_settings(checkpoint, "pretrain")["seed"] if checkpoint else 0)
 
 
 def run_accuracy(folder: Path) -> float:
-    return read_json(folder / "results.json")["accuracy"]
+    return read_json(folder / "results.json", "accuracy", "train_loss")["accuracy"]
 
 
 def run_probabilities(folder: Path) -> tuple[Tensor, Tensor]:
@@ -162,7 +166,7 @@ def run_probabilities(folder: Path) -> tuple[Tensor, Tensor]:
     try:
         with np.load(folder / "logits.npz", allow_pickle=False) as file:
             return torch.from_numpy(file["logits"]).float().softmax(-1), torch.from_numpy(file["labels"])
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{folder / 'logits.npz'}: cannot be read ({error}); delete that run folder, it is made again") from None
 
 
@@ -233,12 +237,12 @@ def points(values: Sequence[float]) -> str:
 
 
 # --------------------------------------------------------------------------------------------------- prediction
-def load_classifier(folder: Path, hardware: Hardware) -> Classifier:
-    """The classifier of a finished fine-tuning run, ready to be used on this hardware."""
+def load_classifier(folder: Path) -> Classifier:
+    """The classifier of a finished fine-tuning run, as it was saved, on the CPU."""
     settings = load_settings(folder, "finetune")
-    model = Classifier(BertConfig(**settings["config"]), len(settings["classes"])).eval()
-    model.load_state_dict(load_checkpoint(folder)["model"])
-    return hardware.for_inference(model)
+    model = Classifier(config_of(folder, "finetune"), len(settings["classes"])).eval()
+    load_weights(model, load_checkpoint(folder)["model"], folder)
+    return model
 
 
 class Predictor:
@@ -247,8 +251,8 @@ class Predictor:
     def __init__(self, folder: Path, hardware: Hardware, committee: nn.Module | None = None) -> None:
         settings = load_settings(folder, "finetune")
         self.classes, self.max_length, self.hardware = settings["classes"], settings["config"]["max_length"], hardware
-        self.tokenizer = Tokenizer.load(folder / "tokenizer.model")
-        self.model = committee or load_classifier(folder, hardware)
+        self.tokenizer = tokenizer_of(folder, "finetune")
+        self.model = committee or hardware.for_inference(load_classifier(folder))
         self.votes = committee is not None  # what it returns are probabilities already
 
     @torch.no_grad()
@@ -321,8 +325,7 @@ def main() -> None:
     if args.export:
         if not args.run:
             raise InputError("--export needs the folder of a finished run, under runs/finetune/")
-        predictor = Predictor(args.run, choose_hardware("cpu"))
-        export_model(predictor.model, predictor.tokenizer, args.export, predictor.classes)
+        export_model(load_classifier(args.run), tokenizer_of(args.run, "finetune"), args.export, load_settings(args.run, "finetune")["classes"])
         return
     if args.run:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")

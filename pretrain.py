@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, load_corpus,
+from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, full_disk_named, load_corpus,
                   load_tasks, occurrences, run_script, write_atomically)
 from model import (MODELS, BertConfig, Classifier, MaskedLM, count_parameters, from_hugging_face, named_config, to_hugging_face,
                    write_safetensors)
@@ -141,7 +142,7 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
               "lr": (0, 1e3), "matrix_lr": (0, 1e3), "token_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3),
               "clip": (0, 1e9), "heads": (0, 1024), "time_budget": (0, 1e5),
-              "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
+              "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10), "width": (64, 16384),
               "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
@@ -157,10 +158,10 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
 
 
 def number(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, `least` or more."""
+    """An argparse type: a whole number, `least` or more, up to 9 digits."""
     def parse(text: str) -> int:
-        if not text.lstrip("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} up")
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 999999999")
         return int(text)
     return parse
 
@@ -193,6 +194,10 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     if device == "auto":
         mps = torch.backends.mps.is_available() and world_size() == 1  # which gloo does not serve
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,2})?", device):
+        raise InputError(f"--device {device}: there are auto, cpu, mps, cuda and cuda:NUMBER")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: PyTorch finds none here; use --device cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
     if device == "cuda" and world_size() > 1:
@@ -329,13 +334,15 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = file_lock(self.folder / "lock", wait=self.wait) if rank() == 0 else contextlib.nullcontext()
         self.lock.__enter__()
+        for left in self.folder.glob("*.tmp") if rank() == 0 else []:  # what a killed process had not finished writing
+            left.unlink(missing_ok=True)
         if self.fresh and rank() == 0:
             for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
                 (self.folder / name).unlink(missing_ok=True)
         if (self.folder / "config.json").exists():
             before = read_json(self.folder / "config.json")
-            if differences := [k for k in {**before, **self.settings} if before.get(k) != self.settings.get(k)]:
-                raise InputError(f"{self.folder}: made with other settings ({', '.join(sorted(differences))}); "
+            if differences := setting_differences(before, self.settings):
+                raise InputError(f"{self.folder}: made with other settings ({', '.join(differences)}); "
                                  "choose another --name, or --fresh to throw it away")
             if (self.folder / "results.json").exists():
                 self.results = read_json(self.folder / "results.json")
@@ -350,14 +357,16 @@ class Run:
     def log(self, **record) -> None:
         if rank():
             return
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        with full_disk_named(self.folder / "log.jsonl", len(line)), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(line)
 
     def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], **more) -> None:
         """A checkpoint, atomically. A finished run's (no optimizers) holds the weights alone."""
         if rank():
             return
-        with write_atomically(self.folder / "last.pt") as file:
+        moments = [t for o in optimizers for values in o.state.values() for t in values.values() if isinstance(t, Tensor)]
+        with write_atomically(self.folder / "last.pt", needed=sum(t.nbytes for t in [*model.state_dict().values(), *moments])) as file:
             torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **more}, file)
 
     def resume(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
@@ -365,14 +374,35 @@ class Run:
         state: dict = {"step": 0}
         if (self.folder / "last.pt").exists():
             state = load_checkpoint(self.folder)
-            model.load_state_dict(state["model"])
-            for optimizer, saved in zip(optimizers, state["optimizers"]):
-                optimizer.load_state_dict(saved)
+            load_weights(model, state["model"], self.folder)
+            with misfit_named(self.folder / "last.pt"):
+                for optimizer, saved in zip(optimizers, state["optimizers"]):
+                    optimizer.load_state_dict(saved)
         if rank() == 0 and (log := self.folder / "log.jsonl").exists():
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-            kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= state["step"]]
+            kept = [line for line in lines if -1 < logged_step(line) <= state["step"]]
             write_text(log, "".join(line + "\n" for line in (kept if state["step"] else [])))
         return state
+
+
+def logged_step(line: str) -> int:
+    """The step of a line of the log; -1 for one that was cut short or is none of ours."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return -1
+
+
+def setting_differences(before: dict, now: dict, where: str = "") -> list[str]:
+    """What differs between two runs' settings, one entry each: "recipe.lr 0.001 there, 0.01 now"."""
+    found: list[str] = []
+    for key in sorted({**before, **now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += setting_differences(old, new, f"{where}{key}.")
+        elif old != new:
+            found.append(f"{where}{key} {str(old)[:40]} there, {str(new)[:40]} now")
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -384,13 +414,16 @@ def write_json(path: Path, record: dict) -> None:
     write_text(path, json.dumps(record, indent=1) + "\n")
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *required: str) -> dict:
+    """A JSON object from a run folder. Raises InputError if it is damaged, or lacks a required key."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("not an object")
+        if missing := [key for key in required if key not in record]:
+            raise ValueError(f"no {missing[0]!r} in it: of another version?")
         return record
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); is this a run folder? --fresh makes it anew") from None
 
 
@@ -399,14 +432,48 @@ def load_settings(folder: Path, kind: str) -> dict:
     settings = read_json(folder / "config.json")
     if settings.get("kind") != kind:
         raise InputError(f"{folder}: not a {kind} run; name a folder under {Path('runs') / kind}")
-    return settings
+    return read_json(folder / "config.json", "config", "seed", "tokenizer", *{"pretrain": ("model",), "finetune": ("classes",)}[kind])
+
+
+def config_of(folder: Path, kind: str = "pretrain") -> BertConfig:
+    """The shape of the model in a run folder."""
+    with misfit_named(folder / "config.json"):
+        return BertConfig(**load_settings(folder, kind)["config"])
+
+
+def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:
+    """The tokenizer of a run folder; no other fits its model."""
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
+    if tokenizer.hash != load_settings(folder, kind)["tokenizer"]:
+        raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer this run was made with; put that one back, or train the run anew")
+    return tokenizer
 
 
 def load_checkpoint(folder: Path) -> dict:
     """The checkpoint of a run folder, on the CPU."""
     if not (folder / "last.pt").exists():
         raise InputError(f"{folder}: no last.pt in it; name a run folder, such as runs/pretrain/...")
-    return load_tensors(folder / "last.pt")
+    state = load_tensors(folder / "last.pt")
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), kind) for key, kind in
+                                              (("step", int), ("model", dict), ("optimizers", list))):
+        raise InputError(f"{folder / 'last.pt'}: not a checkpoint of ours; delete it, or its run folder: it is made again")
+    return state
+
+
+@contextlib.contextmanager
+def misfit_named(path: Path) -> Iterator[None]:
+    """Turns whatever Python and PyTorch raise over contents of another version or model into one line that names the file."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise InputError(f"{path}: does not fit this model ({type(error).__name__}), is it of another version? "
+                         "Delete its run folder: it is made again") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    """Put a checkpoint's weights into a model. Raises InputError where they are another model's."""
+    with misfit_named(folder / "last.pt"):
+        model.load_state_dict(weights)
 
 
 def load_tensors(path: Path):
@@ -506,6 +573,22 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(s, handler)
 
 
+@contextlib.contextmanager
+def short_memory_named(folder: Path) -> Iterator[None]:
+    """Turns memory that does not suffice into an InputError that names the flags to lower."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # of the first, one kind a device
+        if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
+        raise InputError(f"{folder}: out of memory; lower --micro-batch (a part of the batch at a time, the same gradient; for fine-tuning in "
+                         "committee.py --ft-micro-batch), else --max-length or --width; fewer --jobs. The last checkpoint is kept") from None
+
+
+def all_finite(model: nn.Module) -> bool:
+    return bool(torch.stack([t.isfinite().all() for t in model.state_dict().values()]).all())
+
+
 def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, seed: int, steps: int, steps_per_epoch: int,
           gradients: Callable[[int, Callable[[Tensor], None]], tuple[Tensor, int]],
           evaluate: Callable[[], dict] | None = None, label: str = "", header: dict | None = None,
@@ -543,7 +626,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
     model.train()
 
     def save() -> None:
-        if losses and not torch.stack(losses).isfinite().all():
+        if losses and not torch.stack(losses).isfinite().all() or not all_finite(model):
             return  # the last good checkpoint stays; the next line of the log stops the run
         run.save(step, model, optimizers, tokens=tokens, seconds=time.perf_counter() - started, record=record,
                  tail=[tail_loss, tail_steps], scaler=scaler.state_dict(), **({"losses": torch.stack(losses)} if losses else {}))
@@ -572,12 +655,12 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
             losses.append(loss)
             step, tokens, window_tokens = step + 1, tokens + seen, window_tokens + seen
             bar.update()
-            before, (told, now) = now, agree(stop, progress())
+            before, (_, now) = now, agree([], progress())
             if now // log_every > before // log_every or now >= end:
                 mean = torch.stack(losses).mean().item()  # the one place where the host waits for the device
-                if not math.isfinite(mean):
-                    raise InputError(f"{run.folder}: the loss is {mean} at step {step}; lower --lr, or use --dtype fp32. "
-                                     "The last good checkpoint is kept")
+                if not math.isfinite(mean) or now >= end and not all_finite(model):
+                    raise InputError(f"{run.folder}: the loss is {mean} at step {step}, or the weights are not finite; lower --lr, "
+                                     "or use --dtype fp32. The last good checkpoint is kept")
                 if now > end * 0.9:
                     tail_loss, tail_steps = tail_loss + mean * len(losses), tail_steps + len(losses)
                 losses.clear()
@@ -594,6 +677,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                     if rank() == 0:
                         bar.write(f"{label} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr)
                     window_start = time.perf_counter()
+            told, _ = agree(stop, now)  # a signal that came while evaluating counts too
             if told or time.perf_counter() - saved > save_every:
                 save()
                 saved = time.perf_counter()
@@ -739,7 +823,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "dtype": str(hardware.dtype), "tokenizer": corpus.tokenizer.hash,
                 "articles": corpus.train.meta["texts_sha256"], "held_out": corpus.held_out.meta["texts_sha256"]}
     folder = runs_dir / "pretrain" / (name or f"{model_name}-seed{seed}-{settings_hash(settings)}")
-    with Run(folder, settings, corpus.tokenizer, fresh, wait) as run:
+    with Run(folder, settings, corpus.tokenizer, fresh, wait) as run, short_memory_named(folder):
         if run.results:
             return folder
         torch.manual_seed(seed)
@@ -796,9 +880,7 @@ def settings_hash(settings: dict) -> str:
 
 def load_pretrained(folder: Path) -> tuple[BertConfig, dict[str, Tensor], Tokenizer]:
     """(configuration, weights, tokenizer) of a finished or unfinished pre-training run."""
-    settings = load_settings(folder, "pretrain")
-    tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    return BertConfig(**settings["config"]), load_checkpoint(folder)["model"], tokenizer
+    return config_of(folder), load_checkpoint(folder)["model"], tokenizer_of(folder)
 
 
 @torch.no_grad()
@@ -823,7 +905,7 @@ def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
     if "dense.weight" not in weights:
         raise InputError(f"{folder}: was imported without a masked-language-model head; it can only be fine-tuned")
     model = MaskedLM(config).eval()
-    model.load_state_dict(weights)
+    load_weights(model, weights, folder)
     return model, tokenizer
 
 

@@ -14,7 +14,9 @@ import argparse
 import base64
 import hashlib
 import io
+import os
 import re
+import signal
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,19 +36,27 @@ TRAINING = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", cha
 LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 without a word
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """Input that cannot be worked with. The message is one line: what, where, what to do."""
 
 
+def in_one_line(error: Exception) -> str:
+    """What an InputError, or an OSError such as "permission denied", has to say."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; name another place, or make this one usable"
+    return " ".join(str(error).split("\n"))
+
+
 def run_script(main: Callable[[], object]) -> None:
-    """Run a script's main(): bad input ends in one line and exit status 2, Ctrl-C in status 130; no traceback.
-    What is printed is UTF-8 everywhere, piped on Windows too."""
+    """Run a script's main(): bad input, or a file that the system refuses, ends in one line and exit status 2, Ctrl-C in
+    status 130, SIGTERM in 143; no traceback, and temporary files are removed. What is printed is UTF-8 everywhere, piped on Windows too."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a letter that the terminal lacks must not end a run
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -137,9 +147,14 @@ class Tokenizer:
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     """Write `path` (.model) and, beside it, a readable `.vocab`: a piece and its log-probability a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".vocab").write_text(
-        "".join(f"{piece}\t{score:.4f}\n" for piece, score in tokenizer.vocabulary()), encoding="utf-8")
-    path.write_bytes(tokenizer.model)
+    vocabulary = "".join(f"{piece}\t{score:.4f}\n" for piece, score in tokenizer.vocabulary())
+    for place, content in ((path.with_suffix(".vocab"), vocabulary.encode("utf-8")), (path, tokenizer.model)):
+        part = place.with_name(place.name + ".tmp")
+        try:
+            part.write_bytes(content)
+            os.replace(part, place)  # a model that was there before stays until the new one is whole
+        finally:
+            part.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------- for Hugging Face
