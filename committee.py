@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, TaskTables, add_predict_flags, answer, difference, finetune,
-                      gap_sentence, in_words, load_classifier, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
+                      gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, load_settings, number, pretrain, read_json, result_record,
@@ -275,7 +275,10 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
           "or over fine-tuning seeds where there is one pre-training seed)")
     print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
 
+    table: list[tuple[str, list[float], list[float]]] = []
+
     def row(label: str, pretrained: Sequence[float], scratch: Sequence[float], note: str = "") -> None:
+        table.append((label, list(pretrained), list(scratch)))
         gap = 100 * (np.mean(pretrained) - np.mean(scratch))
         print(f"{label:34}{points(pretrained):>16}{points(scratch):>16}{gap:>+8.1f}  {note}".rstrip())
 
@@ -310,7 +313,7 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     tokens = int(np.median(tables.test.lengths))
     return {"models": models, "tokens": tokens,
             "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
-            "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
+            "table": table, "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
             "voters": [unit[0].name for unit in shallow["pretrained"][0]], "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
 
 
@@ -341,6 +344,7 @@ def main() -> None:
     group.add_argument("--member", type=number(0), metavar="I",
                        help="train number I alone, 1 to K a member and 0 the deep model, here or on another machine; the same command "
                             "without --member then takes what is in --runs-dir, trains what is missing, and makes the table")
+    group.add_argument("--plot", action="store_true", help="also draw the table, beside results.json (needs matplotlib)")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the results, JSON, to FILE too")
     add_predict_flags(parser)
     add_run_flags(parser)
@@ -394,7 +398,7 @@ def main() -> None:
               f"{prices[model]['operations'] / 1e6:14.1f}")
     print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
     seconds = time.perf_counter() - started
-    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir", "run")}
+    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir", "run", "plot")}
     settings = json.loads(json.dumps(settings, default=str))  # paths, and lists of them
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}
@@ -405,6 +409,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / "results.json", *([args.out] if args.out else [])):
         write_json(path, record)
+    if args.plot:
+        plot_accuracies({name: part["table"] for name, (part, _) in results.items()}, folder / "accuracies.png")
     print(f"\n{folder / 'results.json'} written; {seconds / 60:.1f} minutes in all (what was there already was not trained again)")
     if tasks[0].name == "topics":
         print("next, on the paper's data: python committee.py --task fewrel --wiki simplewiki --articles-count 20000")

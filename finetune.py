@@ -32,7 +32,8 @@ from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, l
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
                       choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained,
-                      load_settings, maybe_compile, number, read_json, result_record, setting, settings_hash, train, write_json)
+                      load_settings, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting, settings_hash, train,
+                      write_json)
 from tokenizer import Tokenizer
 
 
@@ -232,6 +233,44 @@ def points(values: Sequence[float]) -> str:
     return f"{100 * mean:5.1f}" + (f" ± {100 * half:.1f}" if len(values) > 1 else "")
 
 
+def show_confusion(folder: Path, task: Task, top: int = 5) -> None:
+    """Print the pairs of classes that a finished run mixes up most often, with two of the test texts for each."""
+    probabilities, labels = run_probabilities(folder)
+    predicted, K = probabilities.argmax(-1), len(task.classes)
+    counts = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
+    counts.fill_diagonal_(0)
+    print(f"most confused by {folder.name}:")
+    for count, cell in zip(*counts.flatten().topk(min(top, K * K))):
+        if not count:
+            break
+        label, other = divmod(int(cell), K)
+        print(f"  {task.classes[label]} taken for {task.classes[other]}: {count} of {int((labels == label).sum())} test rows")
+        for i in ((labels == label) & (predicted == other)).nonzero().flatten()[:2]:
+            print(f"      {' '.join(task.test[int(i)][0].split())[:100]}")
+
+
+def plot_accuracies(tables: dict[str, list[tuple[str, list[float], list[float]]]], path: Path) -> None:
+    """Draw a panel for each task: of each model (label, accuracies pre-trained, accuracies from scratch) the mean and its interval."""
+    if not (plt := pyplot()):
+        return
+    longest = max(map(len, tables.values()))
+    figure, panels = plt.subplots(1, len(tables), figsize=(6 * len(tables), 1.6 + 0.5 * longest), squeeze=False, layout="constrained")
+    for axes, (task, rows) in zip(panels[0], tables.items()):
+        for kind, colour, offset in ((1, "#0072B2", -0.18), (2, "#D55E00", 0.18)):  # Okabe and Ito's, safe for the colour-blind
+            for place, row in enumerate(rows):
+                if row[kind]:
+                    mean, half = mean_and_interval(row[kind])
+                    axes.barh(place + offset, 100 * mean, height=0.34, color=colour, xerr=None if math.isnan(half) else 100 * half,
+                              ecolor="0.2", capsize=3)
+                    axes.text(1, place + offset, f"{100 * mean:.1f}", va="center", color="white", fontsize=8)
+        axes.set(title=task, xlabel="accuracy in % (line: 95 % t-interval)", xlim=(0, 100), yticks=range(len(rows)))
+        axes.set_yticklabels([row[0] for row in rows])
+        axes.invert_yaxis()
+    figure.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#0072B2", "#D55E00")], ["pre-trained", "from scratch"], ncols=2,
+                  loc="outside upper center", frameon=False)
+    save_picture(figure, path)
+
+
 # --------------------------------------------------------------------------------------------------- prediction
 def load_classifier(folder: Path) -> Classifier:
     """The classifier of a finished fine-tuning run, ready to be used, on the CPU."""
@@ -306,6 +345,8 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
     parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
     parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
+    parser.add_argument("--confusion", action="store_true", help="also print the most confused classes, with test texts")
+    parser.add_argument("--plot", action="store_true", help="also draw the accuracies, beside the table's .json (needs matplotlib)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write RUN as a Hugging Face model folder DIR")
     add_predict_flags(parser)
     add_run_flags(parser)
@@ -346,6 +387,7 @@ def main() -> None:
             raise InputError(f"--width: {error}") from None
         starts[args.model] = [None]
     record: dict[str, dict] = {}
+    drawn: dict[str, list[tuple[str, list[float], list[float]]]] = {}
     started = time.perf_counter()
     for task in tasks:
         for label, checkpoints in starts.items():
@@ -365,12 +407,19 @@ def main() -> None:
                     "pretrained" if kind == "pre-trained" else "scratch"] = [x for unit in values for x in unit]
                 print(f"{task.name} {label} {kind}: accuracy {points(unit_values(values))} %, "
                       f"last training loss {np.mean(losses):.3f}; {units[-1][-1]}")
+            if args.confusion:
+                show_confusion(next(iter(runs.values()))[0][0], task)
+            drawn.setdefault(task.name, []).append((label, *(
+                unit_values([list(map(run_accuracy, unit)) for unit in runs[kind]]) if kind in runs else []
+                for kind in ("pre-trained", "from scratch"))))
             if len(runs) == 2:
                 print(gap_sentence(f"{task.name} {label}", *runs.values()))
-    settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir")}
+    settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir", "confusion", "plot")}
     path = args.runs_dir / "finetune" / f"table-{settings_hash(settings)}.json"
     write_json(path, result_record(settings, time.perf_counter() - started, tasks=record, latency_ms={}, hardware=hardware.reason))
     print(f"{path} written")
+    if args.plot:
+        plot_accuracies(drawn, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -96,12 +96,16 @@ def named_config(name: str, width: int = 768, heads: int = 0, **settings) -> Ber
 
 
 # ------------------------------------------------------------------------------------------------- attention
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Who listens to whom: (B, H, T, T), row = who asks, column = who answers; each row sums to 1. Arguments as below."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
+    scores = scores.masked_fill(~mask, -torch.inf)  # padding answers nobody; [CLS] is always there to answer
+    return scores.softmax(dim=-1)
+
+
 def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float = 0.0) -> Tensor:
     """Scaled dot-product attention, written out. q, k, v: (B, H, T, D); mask: (B, 1, 1, T), True at real tokens."""
-    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T): row = who asks, column = who answers
-    scores = scores.masked_fill(~mask, -torch.inf)  # padding answers nobody; [CLS] is always there to answer
-    weights = F.dropout(scores.softmax(dim=-1), dropout)
-    return weights @ v  # (B, H, T, D)
+    return F.dropout(attention_weights(q, k, mask), dropout) @ v  # (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -115,9 +119,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
+    def project(self, x: Tensor) -> Tensor:
+        """x: (B, T, C) -> query, key and value (3, B, H, T, D)."""
+        B, T, C = x.shape
+        return self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = self.project(x)  # each (B, H, T, D)
         dropout = self.dropout if self.training else 0.0
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)

@@ -6,6 +6,9 @@ Fourth of the six files, after tokenizer.py, data.py and model.py. Its loop (`tr
     python pretrain.py --model bert-6 --wiki simplewiki --articles-count 20000
     python pretrain.py --preset paper --model bert-6 --articles 'wiki*.jsonl.gz' --articles-count 90000
     python pretrain.py --fill-mask "Paris is the [MASK] of France." runs/pretrain/bert-1-...
+    python pretrain.py --show "Paris is the [MASK] of France." runs/pretrain/bert-1-...  every shape, each head's attention
+    python pretrain.py --plot runs/pretrain/bert-1-... runs/pretrain/bert-6-...          the loss curves
+    torchrun --nproc_per_node=2 pretrain.py --model bert-6                               one run on several processes or GPUs
     python pretrain.py --export DIR runs/pretrain/bert-1-...                             a folder for Hugging Face
 
 References
@@ -20,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -33,7 +37,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -45,9 +51,9 @@ from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, load_corpus,
                   load_tasks, occurrences, run_script, write_atomically)
-from model import (MODELS, BertConfig, Classifier, MaskedLM, count_parameters, from_hugging_face, named_config, to_hugging_face,
-                   write_safetensors)
-from tokenizer import FIRST_PIECE, MASK, Tokenizer, hugging_face_files
+from model import (MODELS, Attention, BertConfig, Classifier, MaskedLM, attention_weights, count_parameters, from_hugging_face,
+                   named_config, to_hugging_face, write_safetensors)
+from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Tokenizer, hugging_face_files
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -789,19 +795,118 @@ def load_pretrained(folder: Path) -> tuple[BertConfig, dict[str, Tensor], Tokeni
     return BertConfig(**settings["config"]), load_checkpoint(folder)["model"], tokenizer
 
 
+def ids_with_masks(text: str, tokenizer: Tokenizer, config: BertConfig) -> Tensor:
+    """A user's text as input_ids (1, T), with [MASK] where it says so."""
+    pieces = [tokenizer.pieces.encode(part) for part in text.split("[MASK]")]
+    ids = [CLS] + [i for n, part in enumerate(pieces) for i in ([MASK] if n else []) + part] + [SEP]
+    if len(ids) > config.max_length:
+        raise InputError(f"the text has {len(ids)} tokens, the model {config.max_length} positions; give a shorter one")
+    return torch.tensor([ids])
+
+
 @torch.no_grad()
 def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
     """The likeliest pieces, with their probabilities, for every "[MASK]" of a text."""
     model, tokenizer = load_masked_lm(folder)
-    pieces = [tokenizer.pieces.encode(part) for part in text.split("[MASK]")]
-    if len(pieces) < 2:
+    if "[MASK]" not in text:
         raise InputError("--fill-mask: the text holds no [MASK]")
-    ids = [2] + [i for n, part in enumerate(pieces) for i in ([MASK] if n else []) + part] + [3]
-    if len(ids) > model.config.max_length:
-        raise InputError(f"--fill-mask: {len(ids)} tokens, the model has {model.config.max_length} positions")
-    input_ids = torch.tensor([ids])
+    input_ids = ids_with_masks(text, tokenizer, model.config)
     probabilities = model(input_ids, (input_ids[0] == MASK).nonzero().squeeze(1)).softmax(-1)
     return [[(tokenizer.pieces.id_to_piece(int(i)), float(p)) for p, i in zip(*row.topk(top))] for row in probabilities]
+
+
+@torch.no_grad()
+def show_forward_pass(folder: Path, text: str) -> None:
+    """Print what every stage of a real forward pass returns, and how each head spreads its attention."""
+    model, tokenizer = load_masked_lm(folder)
+    config, input_ids = model.config, ids_with_masks(text, tokenizer, model.config)
+    asked = (input_ids[0] == MASK).nonzero().squeeze(1)
+    positions = asked if len(asked) else torch.arange(input_ids.size(1))
+    B, T = input_ids.shape
+    print(f"B {B} text, T {T} tokens, C {config.width} wide, H {config.heads} heads of D {config.width // config.heads}, V {config.vocab_size} "
+          f"pieces, M {len(positions)} positions for the head ({'the masked ones' if len(asked) else 'no [MASK]: all'})")
+    print(f"{'stage':34}{'module':12}{'shape':18}standard deviation\n{'input_ids':34}{'':12}{tuple(input_ids.shape)!s}")
+    listened: list[tuple[Attention, Tensor]] = []
+
+    def report(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        print(f"{name:34}{type(module).__name__:12}{tuple(output.shape)!s:18}{output.std():.3f}")
+        if isinstance(module, Attention):
+            listened.append((module, inputs[0]))
+
+    hooks = [module.register_forward_hook(partial(report, name)) for name, module in model.named_modules()
+             if name and not isinstance(module, nn.ModuleList)]
+    logits = model(input_ids, positions)
+    for hook in hooks:
+        hook.remove()
+    print(f"{'logits':34}{'':12}{tuple(logits.shape)!s:18}{logits.std():.3f}   (the token embeddings once more, and a bias)")
+    names = [tokenizer.pieces.id_to_piece(int(i)) for i in input_ids[0]]
+    for number, (attention, x) in enumerate(listened, 1):
+        query, key, _ = attention.project(x)
+        for head, weights in enumerate(attention_weights(query, key, torch.ones(1, 1, 1, T, dtype=torch.bool))[0], 1):
+            print(f"\nlayer {number}, head {head}: the row's token listens to the column's, in % (under 5 left out)")
+            print(" " * 12 + "".join(f"{name[:5]:>6}" for name in names))
+            for name, row in zip(names, weights.tolist()):
+                print(f"{name[:11]:>11} " + "".join(f"{100 * w:6.0f}" if w >= 0.05 else " " * 6 for w in row).rstrip())
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+def pyplot() -> ModuleType | None:
+    """matplotlib.pyplot, for pictures in files; None, said in one line, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("note: no picture is drawn without matplotlib: pip install matplotlib", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def save_picture(figure, path: Path) -> None:
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+    print(f"{path} written")
+
+
+def break_step(curve: Sequence[tuple[int, float]], baseline: float) -> int | None:
+    """Where a loss curve [(step, nats)] leaves the plateau at the unigram baseline: from this step on the mean of five points stays
+    0.1 nats below."""
+    smooth = [np.mean([loss for _, loss in curve[max(0, i - 4) : i + 1]]) for i in range(len(curve))]
+    below = len(curve)
+    while below and smooth[below - 1] < baseline - 0.1:
+        below -= 1
+    return curve[below][0] if below < len(curve) else None
+
+
+def plot_losses(folders: Sequence[Path]) -> None:
+    """The loss curves of pre-training runs, with the unigram baseline and the step at which each breaks away from it."""
+    logs = [read_log(folder) for folder in folders]
+    if not (plt := pyplot()):
+        return
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for number, (folder, log) in enumerate(zip(folders, logs)):
+        colour, unigram = f"C{number % 10}", log[0]["unigram_loss"]
+        curve = [(r["step"], r["loss"]) for r in log if "loss" in r]
+        held_out = [(r["step"], r["held_out_loss"]) for r in log if "held_out_loss" in r]
+        found = break_step(curve, unigram)
+        label = f"{folder.resolve().name}: " + (f"leaves the baseline at step {found}" if found else "at the baseline")
+        axes.plot(*zip(*curve), color=colour, alpha=0.6, linewidth=1, label=label)
+        axes.plot(*zip(*held_out), color=colour, linestyle="", marker="o", markersize=5) if held_out else None
+        axes.axhline(unigram, color=colour if len({log[0]["unigram_loss"] for log in logs}) > 1 else "0.3", linestyle="--", linewidth=1)
+        if found:
+            axes.axvline(found, color=colour, linestyle=":", linewidth=1)
+    axes.set(xlabel="step", ylabel="loss in nats", title="Line: training. Dots: held-out articles. Dashed: unigram baseline")
+    axes.legend(fontsize=8)
+    save_picture(figure, folders[0] / "loss.png")
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a pre-training run's log. Raises InputError where there is no curve in it yet."""
+    load_settings(folder, "pretrain")
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "log.jsonl").exists() else []
+    log = [json.loads(line) for line in lines if line.endswith("}")]
+    if not any("loss" in record for record in log) or "unigram_loss" not in log[0]:
+        raise InputError(f"{folder}: no loss in its log.jsonl yet; name a pre-training run that has made some steps")
+    return log
 
 
 # ------------------------------------------------------------------------------------------- to and from Hugging Face
@@ -890,6 +995,10 @@ def main() -> None:
     parser.add_argument("--seed", type=number(0), default=0, help="of initialisation, article order, masks and dropout")
     parser.add_argument("--name", default="", help="of the run folder (default: made from the settings)")
     parser.add_argument("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what a trained run puts in place of [MASK]")
+    parser.add_argument("--show", nargs=2, metavar=("TEXT", "RUN"), help="every stage of RUN's forward pass over a text, and each head's "
+                        "attention; the text may hold [MASK]")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw the loss curves of these runs, into the first one's "
+                        "loss.png (needs matplotlib)")
     parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN as a Hugging Face folder DIR")
     add_run_flags(parser)
     add_source_flags(parser)
@@ -898,6 +1007,12 @@ def main() -> None:
     if args.fill_mask:
         for row in fill_mask(Path(args.fill_mask[1]), args.fill_mask[0]):
             print("  ".join(f"{piece} {p:.3f}" for piece, p in row))
+        return
+    if args.show:
+        show_forward_pass(Path(args.show[1]), args.show[0])
+        return
+    if args.plot:
+        plot_losses(args.plot)
         return
     if args.export:
         model, tokenizer = load_masked_lm(args.export[1])

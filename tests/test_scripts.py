@@ -69,7 +69,9 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     assert {p.name for p in folder.iterdir()} >= {"config.json", "log.jsonl", "last.pt", "tokenizer.model", "results.json"}
     assert re.search(r"\S+ 0\.\d{3}  ", run("pretrain.py", "--fill-mask", "the [MASK] of france", folder))
     out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", material / "test.csv",
-              "--seeds", "2", "--epochs", "2")
+              "--seeds", "2", "--epochs", "2", "--plot", "--confusion")
+    assert re.search(r"^  (\w+) taken for (?!\1)\w+: \d+ of 10 test rows\n {6}\w+ number 1\d{3} \w+ \1 today", out, flags=re.M), out
+    assert Path(re.search(r"(\S.*\.png) written", out)[1]).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"train bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
     run_folder = next((material / "runs/finetune").glob("train-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
@@ -176,7 +178,8 @@ def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
     (alone,) = (material / "runs-member/pretrain").glob("*/last.pt")
     assert "-seed101-" in str(alone)  # number 2
     stamp = alone.stat().st_mtime_ns
-    out = run(*command)
+    out = run(*command, "--plot")
+    assert re.search(r"accuracies\.png written", out)
     assert "committee of 2 bert-1" in out and alone.stat().st_mtime_ns == stamp
     assert len(list((material / "runs-member/pretrain").glob("*/last.pt"))) == 2
     assert "there are 2, numbered from 1, and no deep model" in run(*command, "--member", "3", status=2)
