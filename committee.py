@@ -34,12 +34,13 @@ from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, TaskTables, add_predict_flags, answer, difference, finetune,
-                      gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
+                      gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy, run_probabilities, twin_seed,
+                      unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, load_settings, number, pretrain, read_json, result_record,
                       settings_hash, stop_signals, write_json)
-from tokenizer import Tokenizer
+from tokenizer import Parser, Tokenizer
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
 MEMBER_SEED = 100  # members' pre-training seeds begin here, so that none is a deep model's
@@ -165,8 +166,8 @@ def train_member(number: int, deep: list[Unit], members: list[Unit], corpus: Cor
     """--member: pre-train one member (1, 2, ...) or the deep model (0; one a repeat), fine-tune it and its twin on every task."""
     chosen = members[number - 1 : number] if number else deep
     if not chosen:
-        raise InputError(f"--member {number}: there are {len(members)}, numbered from 1" + (", and no deep model" if not deep else ", and 0 "
-                         f"is {args.deep}"))
+        raise InputError(f"--member {number}: there are {len(members)}, numbered from 1, and "
+                         + (f"0 is {args.deep}" if deep else "no deep model"))
     for unit in chosen:
         checkpoint = pretrain_unit(unit, corpus, args, hardware, args.fresh)
         for task in tasks:
@@ -313,8 +314,10 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     tokens = int(np.median(tables.test.lengths))
     return {"models": models, "tokens": tokens,
             "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
-            "table": table, "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
-            "voters": [unit[0].name for unit in shallow["pretrained"][0]], "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
+            "table": table,
+            "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
+            "voters": [unit[0].name for unit in shallow["pretrained"][0]],
+            "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
 
 
 def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware) -> Predictor:
@@ -328,7 +331,7 @@ def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="with --predict: a finished committee under runs/committee/")
     group = parser.add_argument_group("who votes")
     group.add_argument("--members", type=number(1), metavar="K", help="members of the committee (default: quick 4, paper 6)")

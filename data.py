@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, InputError, Tokenizer, run_script, save_tokenizer, train_tokenizer
+from tokenizer import FIRST_PIECE, PAD, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
 
 if os.name == "nt":
     import msvcrt
@@ -1301,7 +1301,7 @@ def list_sources(raw_dir: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("action", nargs="?", choices=("list", "fetch", "encode", "overlap"), default="list",
                         help="list what is there; fetch the named tasks and articles; encode: also train a tokenizer, and make the "
                              "token tables; overlap: what a task and the articles (or an --arm of them) share")

@@ -34,7 +34,7 @@ from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESE
                       choose_hardware, chosen_recipe, export_model, import_checkpoint, load_checkpoint, load_pretrained,
                       load_settings, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting, settings_hash, train,
                       write_json)
-from tokenizer import Tokenizer
+from tokenizer import Parser, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -337,7 +337,7 @@ def answer(args: argparse.Namespace, predictor: Predictor) -> None:
 
 # ------------------------------------------------------------------------------------------------- command line
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="with --predict or --export: a finished run under runs/finetune/")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN",
                         help="pre-training runs to start from; hf:DIR is a Hugging Face folder (types bert, megatron-bert)")

@@ -53,7 +53,7 @@ from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags,
                   load_tasks, occurrences, run_script, write_atomically)
 from model import (MODELS, Attention, BertConfig, Classifier, MaskedLM, attention_weights, count_parameters, from_hugging_face,
                    named_config, to_hugging_face, write_safetensors)
-from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Tokenizer, hugging_face_files
+from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer, hugging_face_files
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -124,7 +124,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type, presets: dic
     """A flag for every field of a recipe; its help tells the presets' values."""
     group = parser.add_argument_group(title)
     for f in dataclasses.fields(recipe):
-        values = " ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
+        values = ", ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
         kind = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
         metavar = {"metavar": f.name.upper()} if "type" in kind else {}
         group.add_argument(f"--{prefix}{f.name.replace('_', '-')}", dest=prefix + f.name, default=None,
@@ -188,9 +188,11 @@ class Hardware:
 
 def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     """bf16 where the hardware has it, else fp16 (GPUs) or fp32. device, dtype: "auto", or what the user insists on."""
+    why = "as asked"
     if device == "auto":
         mps = torch.backends.mps.is_available() and world_size() == 1  # which gloo does not serve
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        why = {"cuda": "a CUDA GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU found"}[device]
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
     if device == "cuda" and world_size() > 1:
@@ -214,7 +216,7 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     reason = reason if dtype == "auto" else "as asked"
     name = f"{world_size()} ranks: {name}" if world_size() > 1 else name
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Hardware(torch.device(device), types[chosen], f"{name}; matrix products in {chosen} ({reason})")
+    return Hardware(torch.device(device), types[chosen], f"{name} ({why}); matrix products in {chosen} ({reason})")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -779,8 +781,9 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                       header={"unigram_loss": round(unigram, 5), "parameters": count_parameters(model)},
                       evaluate=lambda: held_out_loss(model, held_out, vocab_size, hardware))
         if rank() == 0:
-            write_json(folder / "results.json", result_record(settings, final["seconds"], tasks={}, latency_ms={}, unigram_loss=unigram,
-                                                              hardware=hardware.reason, **{k: v for k, v in final.items() if k != "seconds"}))
+            seconds = final.pop("seconds")
+            write_json(folder / "results.json", result_record(settings, seconds, tasks={}, latency_ms={}, unigram_loss=unigram,
+                                                              hardware=hardware.reason, **final))
     return folder
 
 
@@ -823,8 +826,8 @@ def show_forward_pass(folder: Path, text: str) -> None:
     asked = (input_ids[0] == MASK).nonzero().squeeze(1)
     positions = asked if len(asked) else torch.arange(input_ids.size(1))
     B, T = input_ids.shape
-    print(f"B {B} text, T {T} tokens, C {config.width} wide, H {config.heads} heads of D {config.width // config.heads}, V {config.vocab_size} "
-          f"pieces, M {len(positions)} positions for the head ({'the masked ones' if len(asked) else 'no [MASK]: all'})")
+    print(f"B {B} text, T {T} tokens, C {config.width} wide, H {config.heads} heads of D {config.width // config.heads}, "
+          f"V {config.vocab_size} pieces, M {len(positions)} positions for the head ({'the masked ones' if len(asked) else 'no [MASK]: all'})")
     print(f"{'stage':34}{'module':12}{'shape':18}standard deviation\n{'input_ids':34}{'':12}{tuple(input_ids.shape)!s}")
     listened: list[tuple[Attention, Tensor]] = []
 
@@ -990,7 +993,7 @@ def import_checkpoint(checkpoint: Path, tokenizer_file: Path | None, runs_dir: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="architecture (default %(default)s)")
     parser.add_argument("--seed", type=number(0), default=0, help="of initialisation, article order, masks and dropout")
     parser.add_argument("--name", default="", help="of the run folder (default: made from the settings)")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import difflib
 import hashlib
 import io
 import re
@@ -19,6 +20,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import sentencepiece as spm
@@ -51,6 +53,20 @@ def run_script(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a script's docstring as its help page, and one line, with the nearest valid name, for a wrong flag or value."""
+
+    def __init__(self, page: str | None) -> None:
+        super().__init__(usage="python %(prog)s [flags]", description=page, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        values = [str(value) for action in self._actions for value in action.choices or ()]
+        wrong = re.search(r"unrecognized arguments: (-[^\s=]*)|invalid choice: '([^']*)'", message)
+        near = difflib.get_close_matches(wrong[1] or wrong[2], flags if wrong[1] else values, n=1, cutoff=0.5) if wrong else []
+        self.exit(2, f"error: {message}" + (f"; did you mean {near[0]}?" if near else "") + f" ({self.prog} --help tells all flags)\n")
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -210,7 +226,7 @@ def hugging_face_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the .model file to write (--train) or to use")
     parser.add_argument("--train", nargs="+", type=Path, metavar="TEXT", help="train on these UTF-8 text files")
     parser.add_argument("--vocab-size", type=int, default=8_000, help="number of pieces (default %(default)s; paper 30522)")
