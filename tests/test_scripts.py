@@ -16,7 +16,7 @@ import torch
 
 from data import load_tasks, text_key
 from finetune import Predictor
-from material import write_articles, write_raw_folder, write_task_file
+from material import articles, write_articles, write_raw_folder, write_task_file
 from pretrain import choose_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +88,21 @@ def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
     out = run("finetune.py", *sources(material), "--model", "bert-1", "--task-file", material / "train.csv", material / "test.csv",
               "--epochs", "15", "--pooling", "mean")
     assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80
+
+
+def test_another_script_than_latin(material: Path) -> None:
+    """README's walk through one's own data, in Greek letters: a text file, a CSV with Greek class names, a prediction."""
+    greek = str.maketrans("abcdefghijklmnopqrstuvwxyz", "αβψδεφγηιξκλμνοπχρστθωςχυζ")
+    (material / "ελληνικά.txt").write_text("\n\n".join(a["text"].lower().translate(greek) for a in articles(150)), encoding="utf-8")
+    for name in ("train.csv", "test.csv"):
+        head, _, rows = (material / name).read_text(encoding="utf-8").partition("\n")
+        (material / f"ελλ-{name}").write_text(f"{head}\n{rows.translate(greek)}", encoding="utf-8")
+    out = run("finetune.py", "--preset", "smoke", "--articles", material / "ελληνικά.txt", "--runs-dir", material / "runs-ελλ", "--task-file",
+              material / "ελλ-train.csv", material / "ελλ-test.csv", "--epochs", "15", "--pooling", "mean")
+    (folder,) = (material / "runs-ελλ/finetune").glob("ελλ-train-scratch-*")
+    answer = Predictor(folder, choose_hardware("cpu"))(["river number 3 crosses brazil today".translate(greek)])[0]
+    assert next(iter(answer)) == "brazil".translate(greek) and len(answer) == 3
+    assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80  # so the letters did not become [UNK]
 
 
 def test_committee_script(material: Path) -> None:
