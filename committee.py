@@ -87,8 +87,8 @@ def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: H
     for model in models.values():
         for row in single[:5]:
             seconds(model, np.array([row]))  # warm-up
-    one = {name: [] for name in models}
-    many = {name: [] for name in models}
+    one: dict[str, list[float]] = {name: [] for name in models}
+    many: dict[str, list[float]] = {name: [] for name in models}
     for row in single:
         for name, model in models.items():
             one[name].append(1e3 * seconds(model, np.array([row])))
@@ -185,7 +185,7 @@ def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, 
     material: as work takes it. A signal is passed on: each process saves its checkpoint and ends, and so does this one.
     Raises InputError where a process did, or was killed.
     """
-    jobs = [(unit, None) for unit in range(len(units))]
+    jobs: list[tuple[int, tuple[int, bool] | None]] = [(unit, None) for unit in range(len(units))]
     jobs += [(unit, (task, pretrained)) for unit in range(len(units)) for task in range(len(tasks)) for pretrained in (True, False)]
     context = multiprocessing.get_context("spawn")
     queue, errors, lock = context.SimpleQueue(), context.SimpleQueue(), context.RLock()
@@ -286,10 +286,11 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     deep_mean = float(np.mean(models[args.deep]["pretrained"])) if deep_runs else math.nan
     for model, values in models.items():
         units = [unit_values([x[i : i + args.seeds] for i in range(0, len(x), args.seeds)]) for x in values.values()]
-        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), *units)
+        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), units[0], units[1])
     for k in range(2, args.members + 1):
         units = [unit_values([[float(seed[k - 1].mean()) for seed in repeat] for repeat in right[kind]]) for kind in right]
-        row(f"committee of {k} {name}", *units, f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}" if deep_runs else "")
+        note = f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}" if deep_runs else ""
+        row(f"committee of {k} {name}", units[0], units[1], note)
     if deep_runs:
         deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
         against_deep = difference([[c[-1] for c in r] for r in right["pretrained"]], deep_right)
@@ -308,7 +309,7 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
 
     classifiers = [load_classifier(unit[0]).to(hardware.device) for unit in shallow["pretrained"][0]]
     slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    contenders = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device)} if deep_runs else {}
+    contenders: dict[str, Callable] = {args.deep: load_classifier(deep["pretrained"][0][0]).to(hardware.device)} if deep_runs else {}
     contenders |= {"member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
     latency = measure_latency(contenders, tables, hardware)
     tokens = int(np.median(tables.test.lengths))

@@ -37,13 +37,13 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -54,7 +54,7 @@ from tqdm import tqdm
 
 from tokenizer import FIRST_PIECE, PAD, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
@@ -118,7 +118,7 @@ def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _full_disk_named(path):
-            text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
+            text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
             with open(temporary, mode, **text) as file:
                 yield file
                 file.flush()
@@ -129,7 +129,7 @@ def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
 
 
 def _os_lock(descriptor: int, take: bool) -> None:
-    if os.name == "nt":
+    if sys.platform == "win32":
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Windows hides locked bytes: lock one far behind the process id
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
     else:
@@ -244,7 +244,7 @@ def fetch_bytes(url: str, start: int | None = None, end: int | None = None, sess
                 raise InputError(f"{url} does not give the bytes {start} to {end} alone (status {response.status_code}): "
                                  "put the whole file into the raw folder by hand")
             body = b"".join(_body(response))
-            if None not in (start, end) and len(body) != end - start:
+            if start is not None and end is not None and len(body) != end - start:
                 raise _Passing(f"{len(body)} bytes came instead of {end - start}")
             return body
     return _with_retries(url, by_hand, attempt)
@@ -493,7 +493,7 @@ def _unpacked(stream: bytes) -> Iterator[bytes]:
             raise EOFError("it ends early")
 
 
-def _fetch_streams(url: str, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, list[Article]]]:
+def _fetch_streams(url: str, ranges: list[tuple[int, int]]) -> Generator[tuple[int, list[Article]], None, None]:
     """(offset, articles) of the bz2 streams at the byte `ranges` of the dump at `url`, in that order."""
     own = threading.local()
 
@@ -591,7 +591,7 @@ def read_article_file(path: Path) -> Iterator[Article]:
     number, paragraphs = 0, []
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="replace") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file, 1):  # noqa: B007 - for the error's text
                 if name.endswith(".txt"):
                     if line.strip():
                         paragraphs.append(line.strip())
@@ -823,9 +823,9 @@ def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None
     classes = sorted({label for label, _ in parts[0]})
     if len(classes) < 2:
         raise InputError(f"{paths[0]}: {len(classes)} class(es) in column label; at least two are needed")
-    for label, _ in parts[-1]:
-        if label not in classes:
-            raise InputError(f"{paths[-1]}: label {label[:40]!r} does not occur in the training file {paths[0]}")
+    for name, _ in parts[-1]:
+        if name not in classes:
+            raise InputError(f"{paths[-1]}: label {name[:40]!r} does not occur in the training file {paths[0]}")
     train, *rest = [[(text, classes.index(label)) for label, text in part] for part in parts]
     return classes, train, rest[0] if rest else None, []
 

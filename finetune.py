@@ -72,7 +72,8 @@ class TaskTables:
                   for part, rows in (("train", task.train), ("test", task.test))]
         labels = [torch.tensor([label for _, label in rows]) for rows in (task.train, task.test)]
         digest = settings_hash({"tables": [t.meta["texts_sha256"] for t in tables], "labels": [x.tolist() for x in labels]})
-        return cls(task, *(DeviceTable(t, device) for t in tables), *(x.to(device) for x in labels), digest)
+        (train, test), (train_labels, test_labels) = [DeviceTable(t, device) for t in tables], [x.to(device) for x in labels]
+        return cls(task, train, test, train_labels, test_labels, digest)
 
 
 @torch.no_grad()
@@ -103,7 +104,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
     start = load_checkpoint(checkpoint) if checkpoint else None
-    origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint else None
+    origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint and start else None
     settings = {"kind": "finetune", "checkpoint": origin, "dtype": str(hardware.dtype), "config": dataclasses.asdict(config),
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": tokenizer.hash, "task": tables.task.name,
                 "classes": tables.task.classes, "rows": tables.hash}
@@ -256,10 +257,10 @@ def plot_accuracies(tables: dict[str, list[tuple[str, list[float], list[float]]]
     longest = max(map(len, tables.values()))
     figure, panels = plt.subplots(1, len(tables), figsize=(6 * len(tables), 1.6 + 0.5 * longest), squeeze=False, layout="constrained")
     for axes, (task, rows) in zip(panels[0], tables.items()):
-        for kind, colour, offset in ((1, "#0072B2", -0.18), (2, "#D55E00", 0.18)):  # Okabe and Ito's, safe for the colour-blind
-            for place, row in enumerate(rows):
-                if row[kind]:
-                    mean, half = mean_and_interval(row[kind])
+        for place, (_, pretrained, scratch) in enumerate(rows):
+            for values, colour, offset in ((pretrained, "#0072B2", -0.18), (scratch, "#D55E00", 0.18)):  # safe for the colour-blind
+                if values:
+                    mean, half = mean_and_interval(values)
                     axes.barh(place + offset, 100 * mean, height=0.34, color=colour, xerr=None if math.isnan(half) else 100 * half,
                               ecolor="0.2", capsize=3)
                     axes.text(1, place + offset, f"{100 * mean:.1f}", va="center", color="white", fontsize=8)
@@ -362,8 +363,8 @@ def main() -> None:
     if args.export:
         if not args.run:
             raise InputError("--export needs the folder of a finished run, under runs/finetune/")
-        predictor = Predictor(args.run, choose_hardware("cpu"))
-        export_model(predictor.model, predictor.tokenizer, args.export, predictor.classes)
+        classes = load_settings(args.run, "finetune")["classes"]
+        export_model(load_classifier(args.run), Tokenizer.load(args.run / "tokenizer.model"), args.export, classes)
         return
     if args.run:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")
@@ -409,9 +410,8 @@ def main() -> None:
                       f"last training loss {np.mean(losses):.3f}; {units[-1][-1]}")
             if args.confusion:
                 show_confusion(next(iter(runs.values()))[0][0], task)
-            drawn.setdefault(task.name, []).append((label, *(
-                unit_values([list(map(run_accuracy, unit)) for unit in runs[kind]]) if kind in runs else []
-                for kind in ("pre-trained", "from scratch"))))
+            bars = {kind: unit_values([list(map(run_accuracy, unit)) for unit in units]) for kind, units in runs.items()}
+            drawn.setdefault(task.name, []).append((label, bars.get("pre-trained", []), bars.get("from scratch", [])))
             if len(runs) == 2:
                 print(gap_sentence(f"{task.name} {label}", *runs.values()))
     settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir", "confusion", "plot")}

@@ -22,7 +22,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -258,6 +258,7 @@ def look_at_neighbours(bert: Bert, sharpness: float) -> None:
     bert.position.weight.copy_(torch.cat([angle.cos(), angle.sin()], 1) * 0.1 * math.sqrt(2))
     D = C // H
     for layer in bert.layers:
+        assert isinstance(layer, Layer)
         query, key, _ = layer.attention.qkv.weight.view(3, H, D, C)  # views: (H, D, C)
         for h in range(H // 2):
             offset = (h // 2 + 1) * (1 if h % 2 else -1)
@@ -332,7 +333,7 @@ class Committee(nn.Module):
             self.register_buffer(name.replace(".", "/"), torch.stack([s[name] for s in states]))
 
     def get(self, name: str) -> Tensor:
-        return self._buffers[name.replace(".", "/")]
+        return self._buffers[name.replace(".", "/")]  # type: ignore[return-value]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """x: (K, rows, in) -> (K, rows, out)."""
@@ -531,8 +532,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
+def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
     """Write tensors into a file open for bytes, as read_safetensors reads them."""
+    header: dict[str, dict]
     kinds, header, at = {dtype: kind for kind, dtype in SAFETENSORS.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
         header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at := at + t.nbytes]}

@@ -40,6 +40,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,10 +126,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type, presets: dic
     group = parser.add_argument_group(title)
     for f in dataclasses.fields(recipe):
         values = ", ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
-        kind = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
-        metavar = {"metavar": f.name.upper()} if "type" in kind else {}
+        kind: dict[str, Any] = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
+        kind |= {"metavar": f.name.upper()} if "type" in kind else {}
         group.add_argument(f"--{prefix}{f.name.replace('_', '-')}", dest=prefix + f.name, default=None,
-                           help=f"{f.metadata['help']} ({values})", **kind, **metavar)
+                           help=f"{f.metadata['help']} ({values})", **kind)
 
 
 def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
@@ -425,12 +426,12 @@ class Muon(torch.optim.Optimizer):
     matrix for one, and orthogonalises matrices one by one: here those of one shape go through as one batch.
     """
 
-    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+    def __init__(self, matrices: Sequence[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = torch.bfloat16 if matrices[0].is_cuda else torch.float32
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
@@ -610,7 +611,7 @@ class Batches:
     def __init__(self, lengths: np.ndarray, recipe: Optimisation, seed: int) -> None:
         self.lengths, self.recipe, self.seed = lengths, recipe, seed
         self.per_epoch = -(-len(lengths) // recipe.batch_size)
-        self.epoch, self.order = -1, []
+        self.epoch, self.order = -1, list[np.ndarray]()
 
     def __getitem__(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.per_epoch)
@@ -764,7 +765,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
             total = torch.zeros((), device=input_ids.device)
             for start in range(rank() * share, (rank() + 1) * share, part):  # as many parts on every rank
                 stop = min(start + part, (rank() + 1) * share)
-                inside = slice(None)
+                inside: slice | Tensor = slice(None)
                 if part < rows:
                     inside = (positions >= start * T) & (positions < stop * T)
                 with hardware.autocast():
@@ -827,7 +828,7 @@ def show_forward_pass(folder: Path, text: str) -> None:
     positions = asked if len(asked) else torch.arange(input_ids.size(1))
     B, T = input_ids.shape
     print(f"B {B} text, T {T} tokens, C {config.width} wide, H {config.heads} heads of D {config.width // config.heads}, "
-          f"V {config.vocab_size} pieces, M {len(positions)} positions for the head ({'the masked ones' if len(asked) else 'no [MASK]: all'})")
+          f"V {config.vocab_size} pieces, M {len(positions)} positions asked ({'the masked ones' if len(asked) else 'no [MASK]: all'})")
     print(f"{'stage':34}{'module':12}{'shape':18}standard deviation\n{'input_ids':34}{'':12}{tuple(input_ids.shape)!s}")
     listened: list[tuple[Attention, Tensor]] = []
 

@@ -20,7 +20,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import sentencepiece as spm
@@ -29,10 +29,10 @@ PAD, UNK, CLS, SEP, MASK = range(5)  # ids of the special tokens; ordinary piece
 FIRST_PIECE = 5
 # [UNK] is SentencePiece's unknown piece, the other four are control symbols: the string "[MASK]" in a text is split
 # into ordinary pieces and never becomes id 4. num_threads is a constant because it changes the model that is trained.
-SPECIALS = dict(pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, pad_piece="[PAD]", unk_piece="[UNK]", bos_piece="[CLS]",
-                eos_piece="[SEP]", control_symbols="[MASK]")
-TRAINING = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995, num_threads=4,
-                minloglevel=2)
+SPECIALS: dict[str, Any] = dict(pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, pad_piece="[PAD]", unk_piece="[UNK]",
+                                bos_piece="[CLS]", eos_piece="[SEP]", control_symbols="[MASK]")
+TRAINING: dict[str, Any] = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995,
+                                num_threads=4, minloglevel=2)
 LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 without a word
 
 
@@ -44,7 +44,8 @@ def run_script(main: Callable[[], object]) -> None:
     """Run a script's main(): bad input ends in one line and exit status 2, Ctrl-C in status 130; no traceback.
     What is printed is UTF-8 everywhere, piped on Windows too."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="replace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
     except InputError as error:
@@ -159,8 +160,8 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- for Hugging Face
-def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of a protobuf message's fields; a .model is one, and `import google.protobuf` would be a dependency.
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value: int or bytes) of a protobuf message's fields; a .model is one, and `import google.protobuf` would be a dependency.
 
     Source: https://protobuf.dev/programming-guides/encoding/ and sentencepiece_model.proto (the numbers below are its).
     """
