@@ -60,6 +60,7 @@ class SoftCommittee(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: (B, T) -> probabilities (B, classes)."""
+        # Exercise: let each member vote for one class and the majority win. When does that cost most, with many classes or with few?
         return sum(group(input_ids).float().softmax(-1).sum(0) for group in self.groups) / self.size
 
 

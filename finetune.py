@@ -117,6 +117,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
         model = Classifier(config, len(tables.task.classes))
         if start:
             model.bert.load_state_dict({k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")})
+        # Exercise: train the classifier's head alone (requires_grad_(False) for model.bert). How much of the gap is left?
         model.to(hardware.device)
         forward = maybe_compile(model, compiled)
         batches = Batches(tables.train.lengths, recipe, seed)

@@ -2,8 +2,9 @@
 
 Reads top-down: configuration -> attention -> layer -> convolutional stem -> BERT -> heads -> committee; at the end,
 the names that Hugging Face gives to the same tensors.
-Where it stands: `data.py` makes batches of token ids; `pretrain.py` trains `MaskedLM`, `finetune.py` trains
-`Classifier`, `committee.py` lets several classifiers vote. This file imports nothing of the project.
+Third of the six files. Where it stands: `data.py` makes batches of token ids; `pretrain.py` trains `MaskedLM`, `finetune.py` trains
+`Classifier`, `committee.py` lets several classifiers vote. This file imports nothing of the project, and is
+the only one that is not run. To see it at work: python pretrain.py --show "Paris is the [MASK] of France." runs/pretrain/RUN
 
 References
 1) BERT: Devlin et al., https://arxiv.org/abs/1810.04805 and github google-research/bert, modeling.py
@@ -98,6 +99,7 @@ def named_config(name: str, width: int = 768, heads: int = 0, **settings) -> Ber
 # ------------------------------------------------------------------------------------------------- attention
 def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     """Who listens to whom: (B, H, T, T), row = who asks, column = who answers; each row sums to 1. Arguments as below."""
+    # Exercise: let a token listen only to itself and to those before it. That is a GPT's attention; what does it cost in held-out loss?
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))  # (B, H, T, T)
     scores = scores.masked_fill(~mask, -torch.inf)  # padding answers nobody; [CLS] is always there to answer
     return scores.softmax(dim=-1)

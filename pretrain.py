@@ -681,6 +681,7 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float = 0.15, generato
     input_ids: (B, T) -> masked ids (B, T), positions (M,) into the flattened batch, labels (M,). No special token is
     chosen, and none inserted (unless special_replacements, the authors' fault).
     """
+    # Exercise: choose whole words, all pieces of one together. The loss rises; is the model a better start for a classifier?
     draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
     chosen = (draw < rate) & (input_ids >= FIRST_PIECE)
     positions = chosen.flatten().nonzero().squeeze(1)  # (M,)

@@ -33,6 +33,7 @@ SPECIALS: dict[str, Any] = dict(pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, 
                                 bos_piece="[CLS]", eos_piece="[SEP]", control_symbols="[MASK]")
 TRAINING: dict[str, Any] = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995,
                                 num_threads=4, minloglevel=2)
+# Exercise: train with model_type="bpe" and compare the pieces of one text (--show). Which of the two cuts words where you would?
 LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 without a word
 
 
