@@ -5,6 +5,7 @@ Last of the six files, and the one to run first: it does the whole job, from raw
     python committee.py                                                         the embedded default, minutes on two cores
     python committee.py --task fewrel --wiki simplewiki --articles-count 20000  the paper's data, downloaded
     python committee.py --task fewrel agnews dbpedia --articles 'wiki*.jsonl.gz' --raw-dir DIR --members 6 --seeds 3
+    python committee.py --task fewrel --prepared DIR --members 6 --member 1     one member alone; without --member: gather them
     python committee.py --predict "Some text." runs/committee/RUN               a finished committee at work
 
 The members of a committee are pre-trained separately, with their own seeds for initialisation, article order, masks and

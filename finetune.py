@@ -6,8 +6,9 @@ what is reported is the accuracy after the last epoch.
     python finetune.py --checkpoint runs/pretrain/bert-1-... --task fewrel --seeds 3     fine-tune it, and its twin
     python finetune.py --checkpoint RUN1 RUN2 --task agnews dbpedia                      several initialisations
     python finetune.py --model bert-1 --task-file my.csv                                 from scratch only
+    python finetune.py --checkpoint RUN --task agnews --confusion --plot                 what it mixes up; the bars
     python finetune.py --predict "Some text." RUN                                        a finished run at work
-    python finetune.py --predict-file FILE RUN                                           on every line of a file
+    python finetune.py --predict-file FILE RUN                                           on every line of a file (-: of stdin)
     python finetune.py --export DIR RUN                                                  a folder for Hugging Face
 """
 

@@ -28,6 +28,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -196,6 +197,8 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
         why = {"cuda": "a CUDA GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU found"}[device]
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) or device == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {device}: no such device here; leave the flag out, or use --device cpu")
     if device == "cuda" and world_size() > 1:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:

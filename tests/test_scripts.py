@@ -276,6 +276,7 @@ def test_data_script(material: Path) -> None:
     (["pretrain.py", "--articles", "ARTICLES", "--device", "cuda"], "--device cpu"),
     (["finetune.py", "--checkpoint", "nowhere", "--task-file", "TRAIN"], "is this a run folder"),
     (["finetune.py", "--predict", "x"], "--predict needs"),
+    (["pretrain.py", "--articles", "ARTICLES", "--device", "gpu"], "--device gpu: no such device here"),
     (["pretrain.py", "--warmpu", "0.1"], "did you mean --warmup?"),
     (["finetune.py", "--task", "fewrell"], "did you mean fewrel?"),
     (["pretrain.py", "--articles", "ARTICLES", "--micro-batch", "-1"], "--micro-batch -1: must lie in"),
