@@ -280,14 +280,13 @@ def rank_0_first() -> Iterator[None]:
         dist.barrier()
 
 
-def agree(stop: Sequence[int], now: int) -> tuple[int, int]:
-    """(a signal that any rank has caught, or 0; rank 0's `now`), so that all ranks go on and stop together."""
-    signal_number = stop[0] if stop else 0
-    if world_size() > 1:
-        both = torch.tensor([signal_number, now if rank() == 0 else 0])  # on the CPU: nobody waits for a GPU
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        signal_number, now = both.tolist()
-    return signal_number, now
+def agree(mine: int) -> int:
+    """The largest of all ranks' values, so that they go on and stop together."""
+    if world_size() == 1:
+        return mine
+    value = torch.tensor(mine)  # on the CPU: nobody waits for a GPU
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -534,10 +533,9 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
 
     def progress() -> int:
         """How far the run has come on its way to `end`: in steps, or in ten-thousandths of the time budget."""
-        return int(end * (time.perf_counter() - started) / (60 * recipe.time_budget)) if recipe.time_budget else step
+        return agree(int(end * (time.perf_counter() - started) / (60 * recipe.time_budget))) if recipe.time_budget else step
 
     now = progress() if tail_steps or not recipe.time_budget else min(progress(), end - 1)  # at least one step closes a run
-    _, now = agree([], now)
     if step == 0 and header:
         run.log(step=0, **header)
     model.train()
@@ -572,7 +570,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
             losses.append(loss)
             step, tokens, window_tokens = step + 1, tokens + seen, window_tokens + seen
             bar.update()
-            before, (told, now) = now, agree(stop, progress())
+            before, now = now, progress()
             if now // log_every > before // log_every or now >= end:
                 mean = torch.stack(losses).mean().item()  # the one place where the host waits for the device
                 if not math.isfinite(mean):
@@ -594,6 +592,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                     if rank() == 0:
                         bar.write(f"{label} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr)
                     window_start = time.perf_counter()
+            told = agree(stop[0] if stop else 0)
             if told or time.perf_counter() - saved > save_every:
                 save()
                 saved = time.perf_counter()
