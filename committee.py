@@ -5,6 +5,7 @@ Last of the six files, and the one to run first: it does the whole job, from raw
     python committee.py                                                         the embedded default, minutes on two cores
     python committee.py --task fewrel --wiki simplewiki --articles-count 20000  the paper's data, downloaded
     python committee.py --task fewrel agnews dbpedia --articles 'wiki*.jsonl.gz' --raw-dir DIR --members 6 --seeds 3
+    python committee.py --task fewrel --prepared DIR --members 6 --member 1     one member alone; without --member: gather them
     python committee.py --predict "Some text." runs/committee/RUN               a finished committee at work
 
 The members of a committee are pre-trained separately, with their own seeds for initialisation, article order, masks and
@@ -36,12 +37,13 @@ from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, TaskTables, add_predict_flags, answer, difference, finetune,
-                      gap_sentence, in_words, load_classifier, points, run_accuracy, run_probabilities, twin_seed, unit_values, votes)
+                      gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy, run_probabilities, twin_seed,
+                      unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record,
                       settings_hash, stop_signals, write_json)
-from tokenizer import Tokenizer, in_one_line
+from tokenizer import Parser, Tokenizer, in_one_line
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
 MEMBER_SEED = 100  # members' pre-training seeds begin here, so that none is a deep model's
@@ -61,6 +63,7 @@ class SoftCommittee(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: (B, T) -> probabilities (B, classes)."""
+        # Exercise: let each member vote for one class and the majority win. When does that cost most, with many classes or with few?
         return sum(group(input_ids).float().softmax(-1).sum(0) for group in self.groups) / self.size
 
 
@@ -88,8 +91,8 @@ def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: H
     for model in models.values():
         for row in single[:5]:
             seconds(model, np.array([row]))  # warm-up
-    one = {name: [] for name in models}
-    many = {name: [] for name in models}
+    one: dict[str, list[float]] = {name: [] for name in models}
+    many: dict[str, list[float]] = {name: [] for name in models}
     for row in single:
         for name, model in models.items():
             one[name].append(1e3 * seconds(model, np.array([row])))
@@ -139,7 +142,9 @@ def model_of(checkpoint: Path) -> str:
 
 def end_with_parent() -> None:
     """Wait until the process that started this one is gone, perhaps killed, then end this one as SIGTERM does: with a checkpoint."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent
+    multiprocessing.connection.wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -170,8 +175,8 @@ def train_member(number: int, deep: list[Unit], members: list[Unit], corpus: Cor
     """--member: pre-train one member (1, 2, ...) or the deep model (0; one a repeat), fine-tune it and its twin on every task."""
     chosen = members[number - 1 : number] if number else deep
     if not chosen:
-        raise InputError(f"--member {number}: there are {len(members)}, numbered from 1" + (", and no deep model" if not deep else ", and 0 "
-                         f"is {args.deep}"))
+        raise InputError(f"--member {number}: there are {len(members)}, numbered from 1, and "
+                         + (f"0 is {args.deep}" if deep else "no deep model"))
     for unit in chosen:
         checkpoint = pretrain_unit(unit, corpus, args, hardware, args.fresh)
         for task in tasks:
@@ -189,7 +194,7 @@ def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, 
     material: as work takes it. A signal is passed on: each process saves its checkpoint and ends, and so does this one.
     Raises InputError where a process did, or was killed.
     """
-    jobs = [(unit, None) for unit in range(len(units))]
+    jobs: list[tuple[int, tuple[int, bool] | None]] = [(unit, None) for unit in range(len(units))]
     jobs += [(unit, (task, pretrained)) for unit in range(len(units)) for task in range(len(tasks)) for pretrained in (True, False)]
     context = multiprocessing.get_context("spawn")
     queue, errors, lock = context.SimpleQueue(), context.SimpleQueue(), context.RLock()
@@ -280,17 +285,21 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
           "or over fine-tuning seeds where there is one pre-training seed)")
     print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
 
+    table: list[tuple[str, list[float], list[float]]] = []
+
     def row(label: str, pretrained: Sequence[float], scratch: Sequence[float], note: str = "") -> None:
+        table.append((label, list(pretrained), list(scratch)))
         gap = 100 * (np.mean(pretrained) - np.mean(scratch))
         print(f"{label:34}{points(pretrained):>16}{points(scratch):>16}{gap:>+8.1f}  {note}".rstrip())
 
     deep_mean = float(np.mean(models[args.deep]["pretrained"])) if deep_runs else math.nan
     for model, values in models.items():
         units = [unit_values([x[i : i + args.seeds] for i in range(0, len(x), args.seeds)]) for x in values.values()]
-        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), *units)
+        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), units[0], units[1])
     for k in range(2, args.members + 1):
         units = [unit_values([[float(seed[k - 1].mean()) for seed in repeat] for repeat in right[kind]]) for kind in right]
-        row(f"committee of {k} {name}", *units, f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}" if deep_runs else "")
+        note = f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}" if deep_runs else ""
+        row(f"committee of {k} {name}", units[0], units[1], note)
     if deep_runs:
         deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
         against_deep = difference([[c[-1] for c in r] for r in right["pretrained"]], deep_right)
@@ -309,14 +318,18 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
 
     classifiers = [hardware.for_inference(load_classifier(unit[0])) for unit in shallow["pretrained"][0]]
     slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    contenders = {args.deep: hardware.for_inference(load_classifier(deep["pretrained"][0][0]))} if deep_runs else {}
+    contenders: dict[str, Callable] = {}
+    if deep_runs:
+        contenders[args.deep] = hardware.for_inference(load_classifier(deep["pretrained"][0][0]))
     contenders |= {"member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
     latency = measure_latency(contenders, tables, hardware)
     tokens = int(np.median(tables.test.lengths))
     return {"models": models, "tokens": tokens,
             "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
+            "table": table,
             "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
-            "voters": [unit[0].name for unit in shallow["pretrained"][0]], "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
+            "voters": [unit[0].name for unit in shallow["pretrained"][0]],
+            "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
 
 
 def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware) -> Predictor:
@@ -330,7 +343,7 @@ def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="with --predict: a finished committee under runs/committee/")
     group = parser.add_argument_group("who votes")
     group.add_argument("--members", type=number(1), metavar="K", help="members of the committee (default: quick 4, paper 6)")
@@ -346,6 +359,7 @@ def main() -> None:
     group.add_argument("--member", type=number(0), metavar="I",
                        help="train number I alone, 1 to K a member and 0 the deep model, here or on another machine; the same command "
                             "without --member then takes what is in --runs-dir, trains what is missing, and makes the table")
+    group.add_argument("--plot", action="store_true", help="also draw the table, beside results.json (needs matplotlib)")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the results, JSON, to FILE too")
     add_predict_flags(parser)
     add_run_flags(parser)
@@ -399,7 +413,7 @@ def main() -> None:
               f"{prices[model]['operations'] / 1e6:14.1f}")
     print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
     seconds = time.perf_counter() - started
-    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir", "run")}
+    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir", "run", "plot")}
     settings = json.loads(json.dumps(settings, default=str))  # paths, and lists of them
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}
@@ -410,6 +424,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / "results.json", *([args.out] if args.out else [])):
         write_json(path, record)
+    if args.plot:
+        plot_accuracies({name: part["table"] for name, (part, _) in results.items()}, folder / "accuracies.png")
     print(f"\n{folder / 'results.json'} written; {seconds / 60:.1f} minutes in all (what was there already was not trained again)")
     if tasks[0].name == "topics":
         print("next, on the paper's data: python committee.py --task fewrel --wiki simplewiki --articles-count 20000")

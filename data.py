@@ -38,13 +38,13 @@ import time
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
@@ -53,9 +53,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, InputError, Tokenizer, run_script, save_tokenizer, train_tokenizer
+from tokenizer import FIRST_PIECE, PAD, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
 
-if os.name == "nt":
+if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
@@ -121,7 +121,7 @@ def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Ite
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with full_disk_named(path, needed):
-            text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
+            text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
             with open(temporary, mode, **text) as file:
                 yield file
                 file.flush()
@@ -132,7 +132,7 @@ def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Ite
 
 
 def _os_lock(descriptor: int, take: bool) -> None:
-    if os.name == "nt":
+    if sys.platform == "win32":
         os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Windows hides locked bytes: lock one far behind the process id
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
     else:
@@ -256,11 +256,11 @@ def fetch_bytes(url: str, start: int | None = None, end: int | None = None, sess
             if response.status_code != (200 if start is None else 206):
                 raise InputError(f"{url} does not give the bytes {start} to {end} alone (status {response.status_code}): "
                                  "put the whole file into the raw folder by hand")
-            most = MOST_BYTES_AT_ONCE if None in (start, end) else end - start
+            most = MOST_BYTES_AT_ONCE if start is None or end is None else end - start
             body = b"".join(_body(response, most))
             if len(body) > most:
                 raise InputError(f"{url} sends more than {most} bytes, perhaps without end: try again later")
-            if None not in (start, end) and len(body) != end - start:
+            if start is not None and end is not None and len(body) != end - start:
                 raise _Passing(f"{len(body)} bytes came instead of {end - start}")
             return body
     return _with_retries(url, by_hand, attempt)
@@ -516,7 +516,7 @@ def _unpacked(stream: bytes) -> Iterator[bytes]:
             raise EOFError("it ends early")
 
 
-def _fetch_streams(url: str, ranges: list[tuple[int, int]]) -> Iterator[tuple[int, list[Article]]]:
+def _fetch_streams(url: str, ranges: list[tuple[int, int]]) -> Generator[tuple[int, list[Article]], None, None]:
     """(offset, articles) of the bz2 streams at the byte `ranges` of the dump at `url`, in that order."""
     own = threading.local()
 
@@ -618,7 +618,7 @@ def within_reason(path: Path, packed: int, unpacked: int) -> None:
                          "get the right file, or unpack it yourself")
 
 
-def text_lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Generator[str, None, None]:
     """The lines of a UTF-8 text file, which may be .gz; what is not UTF-8 becomes U+FFFD. Raises InputError for a line so long
     that it is none, and for a bomb."""
     packed = path.stat().st_size
@@ -645,7 +645,7 @@ def read_article_file(path: Path) -> Iterator[Article]:
     number, paragraphs = 0, []
     try:
         with closing(text_lines(path)) as lines:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(lines, 1):  # noqa: B007 - for the error's text
                 if name.endswith(".txt"):
                     if line.strip():
                         paragraphs.append(line.strip())
@@ -859,6 +859,7 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str
                     raise InputError(f"{paths[0]}: {member} in it is not a file")
                 within_reason(paths[0], paths[0].stat().st_size, info.size)
                 stream = archive.extractfile(info)
+                assert stream  # None is for what is not a file
                 return codecs.iterdecode(iter(lambda: stream.readline(1 << 20), b""), "utf-8", errors="replace")
 
             classes = [line.strip() for line in lines("classes.txt") if line.strip()]
@@ -886,9 +887,9 @@ def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None
     classes = sorted({label for label, _ in parts[0]})
     if len(classes) < 2:
         raise InputError(f"{paths[0]}: {len(classes)} class(es) in column label; at least two are needed")
-    for label, _ in parts[-1]:
-        if label not in classes:
-            raise InputError(f"{paths[-1]}: label {label[:40]!r} does not occur in the training file {paths[0]}")
+    for name, _ in parts[-1]:
+        if name not in classes:
+            raise InputError(f"{paths[-1]}: label {name[:40]!r} does not occur in the training file {paths[0]}")
     train, *rest = [[(text, classes.index(label)) for label, text in part] for part in parts]
     return classes, train, rest[0] if rest else None, []
 
@@ -1380,7 +1381,7 @@ def list_sources(raw_dir: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("action", nargs="?", choices=("list", "fetch", "encode", "overlap"), default="list",
                         help="list what is there; fetch the named tasks and articles; encode: also train a tokenizer, and make the "
                              "token tables; overlap: what a task and the articles (or an --arm of them) share")

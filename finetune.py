@@ -6,8 +6,9 @@ what is reported is the accuracy after the last epoch.
     python finetune.py --checkpoint runs/pretrain/bert-1-... --task fewrel --seeds 3     fine-tune it, and its twin
     python finetune.py --checkpoint RUN1 RUN2 --task agnews dbpedia                      several initialisations
     python finetune.py --model bert-1 --task-file my.csv                                 from scratch only
+    python finetune.py --checkpoint RUN --task agnews --confusion --plot                 what it mixes up; the bars
     python finetune.py --predict "Some text." RUN                                        a finished run at work
-    python finetune.py --predict-file FILE RUN                                           on every line of a file
+    python finetune.py --predict-file FILE RUN                                           on every line of a file (-: of stdin)
     python finetune.py --export DIR RUN                                                  a folder for Hugging Face
 """
 
@@ -34,9 +35,9 @@ from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, l
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
                       choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, load_checkpoint, load_pretrained,
-                      load_settings, load_weights, maybe_compile, number, read_json, result_record, setting, settings_hash,
-                      short_memory_named, tokenizer_of, train, write_json)
-from tokenizer import Tokenizer
+                      load_settings, load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting,
+                      settings_hash, short_memory_named, tokenizer_of, train, write_json)
+from tokenizer import Parser, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ class TaskTables:
                   for part, rows in (("train", task.train), ("test", task.test))]
         labels = [torch.tensor([label for _, label in rows]) for rows in (task.train, task.test)]
         digest = settings_hash({"tables": [t.meta["texts_sha256"] for t in tables], "labels": [x.tolist() for x in labels]})
-        return cls(task, *(DeviceTable(t, device) for t in tables), *(x.to(device) for x in labels), digest)
+        (train, test), (train_labels, test_labels) = [DeviceTable(t, device) for t in tables], [x.to(device) for x in labels]
+        return cls(task, train, test, train_labels, test_labels, digest)
 
 
 @torch.no_grad()
@@ -106,7 +108,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
     start = load_checkpoint(checkpoint) if checkpoint else None
-    origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint else None
+    origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint and start else None
     settings = {"kind": "finetune", "checkpoint": origin, "dtype": str(hardware.dtype), "config": dataclasses.asdict(config),
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": tokenizer.hash, "task": tables.task.name,
                 "classes": tables.task.classes, "rows": tables.hash}
@@ -117,8 +119,9 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             return folder
         torch.manual_seed(seed)
         model = Classifier(config, len(tables.task.classes))
-        if start:
+        if checkpoint and start:
             load_weights(model.bert, {k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")}, checkpoint)
+        # Exercise: train the classifier's head alone (requires_grad_(False) for model.bert). How much of the gap is left?
         model.to(hardware.device)
         forward = maybe_compile(model, compiled)
         batches = Batches(tables.train.lengths, recipe, seed)
@@ -236,6 +239,44 @@ def points(values: Sequence[float]) -> str:
     return f"{100 * mean:5.1f}" + (f" ± {100 * half:.1f}" if len(values) > 1 else "")
 
 
+def show_confusion(folder: Path, task: Task, top: int = 5) -> None:
+    """Print the pairs of classes that a finished run mixes up most often, with two of the test texts for each."""
+    probabilities, labels = run_probabilities(folder)
+    predicted, K = probabilities.argmax(-1), len(task.classes)
+    counts = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
+    counts.fill_diagonal_(0)
+    print(f"most confused by {folder.name}:")
+    for count, cell in zip(*counts.flatten().topk(min(top, K * K))):
+        if not count:
+            break
+        label, other = divmod(int(cell), K)
+        print(f"  {task.classes[label]} taken for {task.classes[other]}: {count} of {int((labels == label).sum())} test rows")
+        for i in ((labels == label) & (predicted == other)).nonzero().flatten()[:2]:
+            print(f"      {' '.join(task.test[int(i)][0].split())[:100]}")
+
+
+def plot_accuracies(tables: dict[str, list[tuple[str, list[float], list[float]]]], path: Path) -> None:
+    """Draw a panel for each task: of each model (label, accuracies pre-trained, accuracies from scratch) the mean and its interval."""
+    if not (plt := pyplot()):
+        return
+    longest = max(map(len, tables.values()))
+    figure, panels = plt.subplots(1, len(tables), figsize=(6 * len(tables), 1.6 + 0.5 * longest), squeeze=False, layout="constrained")
+    for axes, (task, rows) in zip(panels[0], tables.items()):
+        for place, (_, pretrained, scratch) in enumerate(rows):
+            for values, colour, offset in ((pretrained, "#0072B2", -0.18), (scratch, "#D55E00", 0.18)):  # safe for the colour-blind
+                if values:
+                    mean, half = mean_and_interval(values)
+                    axes.barh(place + offset, 100 * mean, height=0.34, color=colour, xerr=None if math.isnan(half) else 100 * half,
+                              ecolor="0.2", capsize=3)
+                    axes.text(1, place + offset, f"{100 * mean:.1f}", va="center", color="white", fontsize=8)
+        axes.set(title=task, xlabel="accuracy in % (line: 95 % t-interval)", xlim=(0, 100), yticks=range(len(rows)))
+        axes.set_yticklabels([row[0] for row in rows])
+        axes.invert_yaxis()
+    figure.legend([plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#0072B2", "#D55E00")], ["pre-trained", "from scratch"], ncols=2,
+                  loc="outside upper center", frameon=False)
+    save_picture(figure, path)
+
+
 # --------------------------------------------------------------------------------------------------- prediction
 def load_classifier(folder: Path) -> Classifier:
     """The classifier of a finished fine-tuning run, as it was saved, on the CPU."""
@@ -302,7 +343,7 @@ def answer(args: argparse.Namespace, predictor: Predictor) -> None:
 
 # ------------------------------------------------------------------------------------------------- command line
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="with --predict or --export: a finished run under runs/finetune/")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN",
                         help="pre-training runs to start from; hf:DIR is a Hugging Face folder (types bert, megatron-bert)")
@@ -310,6 +351,8 @@ def main() -> None:
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
     parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
     parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
+    parser.add_argument("--confusion", action="store_true", help="also print the most confused classes, with test texts")
+    parser.add_argument("--plot", action="store_true", help="also draw the accuracies, beside the table's .json (needs matplotlib)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write RUN as a Hugging Face model folder DIR")
     add_predict_flags(parser)
     add_run_flags(parser)
@@ -325,7 +368,8 @@ def main() -> None:
     if args.export:
         if not args.run:
             raise InputError("--export needs the folder of a finished run, under runs/finetune/")
-        export_model(load_classifier(args.run), tokenizer_of(args.run, "finetune"), args.export, load_settings(args.run, "finetune")["classes"])
+        classes = load_settings(args.run, "finetune")["classes"]
+        export_model(load_classifier(args.run), tokenizer_of(args.run, "finetune"), args.export, classes)
         return
     if args.run:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")
@@ -349,6 +393,7 @@ def main() -> None:
             raise InputError(f"--width: {error}") from None
         starts[args.model] = [None]
     record: dict[str, dict] = {}
+    drawn: dict[str, list[tuple[str, list[float], list[float]]]] = {}
     started = time.perf_counter()
     for task in tasks:
         for label, checkpoints in starts.items():
@@ -368,12 +413,18 @@ def main() -> None:
                     "pretrained" if kind == "pre-trained" else "scratch"] = [x for unit in values for x in unit]
                 print(f"{task.name} {label} {kind}: accuracy {points(unit_values(values))} %, "
                       f"last training loss {np.mean(losses):.3f}; {units[-1][-1]}")
+            if args.confusion:
+                show_confusion(next(iter(runs.values()))[0][0], task)
+            bars = {kind: unit_values([list(map(run_accuracy, unit)) for unit in units]) for kind, units in runs.items()}
+            drawn.setdefault(task.name, []).append((label, bars.get("pre-trained", []), bars.get("from scratch", [])))
             if len(runs) == 2:
                 print(gap_sentence(f"{task.name} {label}", *runs.values()))
-    settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir")}
+    settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir", "confusion", "plot")}
     path = args.runs_dir / "finetune" / f"table-{settings_hash(settings)}.json"
     write_json(path, result_record(settings, time.perf_counter() - started, tasks=record, latency_ms={}, hardware=hardware.reason))
     print(f"{path} written")
+    if args.plot:
+        plot_accuracies(drawn, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

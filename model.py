@@ -2,8 +2,9 @@
 
 Reads top-down: configuration -> attention -> layer -> convolutional stem -> BERT -> heads -> committee; at the end,
 the names that Hugging Face gives to the same tensors.
-Where it stands: `data.py` makes batches of token ids; `pretrain.py` trains `MaskedLM`, `finetune.py` trains
-`Classifier`, `committee.py` lets several classifiers vote. This file imports nothing of the project.
+Third of the six files. Where it stands: `data.py` makes batches of token ids; `pretrain.py` trains `MaskedLM`, `finetune.py` trains
+`Classifier`, `committee.py` lets several classifiers vote. This file imports nothing of the project, and is
+the only one that is not run. To see it at work: python pretrain.py --show "Paris is the [MASK] of France." runs/pretrain/RUN
 
 References
 1) BERT: Devlin et al., https://arxiv.org/abs/1810.04805 and github google-research/bert, modeling.py
@@ -22,7 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -108,16 +109,21 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
 
+def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
+    """Who listens to whom: (B, H, T, T), row = who asks, column = who answers; each row sums to 1. Arguments as below."""
+    # Exercise: let a token listen only to itself and to those before it, as a GPT does (with Attention.fused = False). Does the loss rise?
+    B, H, T, D = q.shape
+    silence = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)  # padding answers nobody; [CLS] is always there
+    silence = silence.expand(B, H, 1, T).reshape(B * H, 1, T)
+    q, k = q.reshape(B * H, T, D), k.reshape(B * H, T, D)
+    scores = torch.baddbmm(silence, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # q k^T / sqrt(D), in one pass with the padding's -inf
+    return scores.softmax(dim=-1).view(B, H, T, T)
+
+
 def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float = 0.0) -> Tensor:
     """Scaled dot-product attention, written out. q, k, v: (B, H, T, D); mask: (B, 1, 1, T), True at real tokens; p: share of
     the attention weights to drop."""
-    B, H, T, D = q.shape
-    q, k, v = (x.reshape(B * H, T, D) for x in (q, k, v))
-    silence = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)  # padding answers nobody; [CLS] is always there
-    silence = silence.expand(B, H, 1, T).reshape(B * H, 1, T)
-    scores = torch.baddbmm(silence, q, k.transpose(1, 2), alpha=1 / math.sqrt(D))  # (B * H, T, T): row = who asks, column = who answers
-    weights = dropout(scores.softmax(dim=-1), p)
-    return (weights @ v).view(B, H, T, D)
+    return dropout(attention_weights(q, k, mask), p) @ v  # (B, H, T, D)
 
 
 class Attention(nn.Module):
@@ -133,9 +139,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
+    def project(self, x: Tensor) -> Tensor:
+        """x: (B, T, C) -> query, key and value (3, B, H, T, D)."""
+        B, T, C = x.shape
+        return self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        q, k, v = self.project(x)  # each (B, H, T, D)
         p = self.dropout if self.training else 0.0
         if x.device.type != "cpu" if self.fused is None else self.fused:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
@@ -268,6 +279,7 @@ def look_at_neighbours(bert: Bert, sharpness: float) -> None:
     bert.position.weight.copy_(torch.cat([angle.cos(), angle.sin()], 1) * 0.1 * math.sqrt(2))
     D = C // H
     for layer in bert.layers:
+        assert isinstance(layer, Layer)
         query, key, _ = layer.attention.qkv.weight.view(3, H, D, C)  # views: (H, D, C)
         for h in range(H // 2):
             offset = (h // 2 + 1) * (1 if h % 2 else -1)
@@ -342,7 +354,7 @@ class Committee(nn.Module):
             self.register_buffer(name.replace(".", "/"), torch.stack([s[name] for s in states]))
 
     def get(self, name: str) -> Tensor:
-        return self._buffers[name.replace(".", "/")]
+        return self._buffers[name.replace(".", "/")]  # type: ignore[return-value]
 
     def linear(self, x: Tensor, name: str) -> Tensor:
         """x: (K, rows, in) -> (K, rows, out)."""
@@ -541,8 +553,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(tensors: dict[str, Tensor], file: BinaryIO) -> None:
+def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
     """Write tensors into a file open for bytes, as read_safetensors reads them."""
+    header: dict[str, dict]
     kinds, header, at = {dtype: kind for kind, dtype in SAFETENSORS.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
         header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at := at + t.nbytes]}

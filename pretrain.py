@@ -6,6 +6,9 @@ Fourth of the six files, after tokenizer.py, data.py and model.py. Its loop (`tr
     python pretrain.py --model bert-6 --wiki simplewiki --articles-count 20000
     python pretrain.py --preset paper --model bert-6 --articles 'wiki*.jsonl.gz' --articles-count 90000
     python pretrain.py --fill-mask "Paris is the [MASK] of France." runs/pretrain/bert-1-...
+    python pretrain.py --show "Paris is the [MASK] of France." runs/pretrain/bert-1-...  every shape, each head's attention
+    python pretrain.py --plot runs/pretrain/bert-1-... runs/pretrain/bert-6-...          the loss curves
+    torchrun --nproc_per_node=2 pretrain.py --model bert-6                               one run on several processes or GPUs
     python pretrain.py --export DIR runs/pretrain/bert-1-...                             a folder for Hugging Face
 
 References
@@ -20,6 +23,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -34,7 +38,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -46,9 +53,9 @@ from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, full_disk_named, load_corpus,
                   load_tasks, occurrences, run_script, write_atomically)
-from model import (MODELS, BertConfig, Classifier, MaskedLM, count_parameters, from_hugging_face, named_config, to_hugging_face,
-                   write_safetensors)
-from tokenizer import FIRST_PIECE, MASK, Tokenizer, hugging_face_files
+from model import (MODELS, Attention, BertConfig, Classifier, MaskedLM, attention_weights, count_parameters, from_hugging_face,
+                   named_config, to_hugging_face, write_safetensors)
+from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer, hugging_face_files
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -119,11 +126,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type, presets: dic
     """A flag for every field of a recipe; its help tells the presets' values."""
     group = parser.add_argument_group(title)
     for f in dataclasses.fields(recipe):
-        values = " ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
-        kind = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
-        metavar = {"metavar": f.name.upper()} if "type" in kind else {}
+        values = ", ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
+        kind: dict[str, Any] = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
+        kind |= {"metavar": f.name.upper()} if "type" in kind else {}
         group.add_argument(f"--{prefix}{f.name.replace('_', '-')}", dest=prefix + f.name, default=None,
-                           help=f"{f.metadata['help']} ({values})", **kind, **metavar)
+                           help=f"{f.metadata['help']} ({values})", **kind)
 
 
 def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
@@ -142,8 +149,8 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
               "lr": (0, 1e3), "matrix_lr": (0, 1e3), "token_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3),
               "clip": (0, 1e9), "heads": (0, 1024), "time_budget": (0, 1e5),
-              "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10), "width": (64, 16384),
-              "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10)}
+              "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
+              "width": (64, 16384), "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
@@ -167,6 +174,9 @@ def number(least: int) -> Callable[[str], int]:
 
 
 # --------------------------------------------------------------------------------------------------- hardware
+Model = TypeVar("Model", bound=nn.Module)
+
+
 @dataclass(frozen=True)
 class Hardware:
     """Where to compute, in which type matrix products run, and why."""
@@ -180,7 +190,7 @@ class Hardware:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def for_inference(self, model: nn.Module) -> nn.Module:
+    def for_inference(self, model: Model) -> Model:
         """The model itself, on the device, its linear layers' weights in the type of matrix products: autocast, which would round them
         at every call to the same numbers, has nothing left to do."""
         for part in model.modules():
@@ -191,15 +201,15 @@ class Hardware:
 
 def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     """bf16 where the hardware has it, else fp16 (GPUs) or fp32. device, dtype: "auto", or what the user insists on."""
+    why = "as asked"
     if device == "auto":
         mps = torch.backends.mps.is_available() and world_size() == 1  # which gloo does not serve
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]{1,2})?", device):
-        raise InputError(f"--device {device}: there are auto, cpu, mps, cuda and cuda:NUMBER")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device mps: PyTorch finds none here; use --device cpu")
+        why = {"cuda": "a CUDA GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU found"}[device]
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) or device == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {device}: no such device here; leave the flag out, or use --device cpu")
     if device == "cuda" and world_size() > 1:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
@@ -221,7 +231,7 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
     reason = reason if dtype == "auto" else "as asked"
     name = f"{world_size()} ranks: {name}" if world_size() > 1 else name
     types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return Hardware(torch.device(device), types[chosen], f"{name}; matrix products in {chosen} ({reason})")
+    return Hardware(torch.device(device), types[chosen], f"{name} ({why}); matrix products in {chosen} ({reason})")
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -281,14 +291,13 @@ def rank_0_first() -> Iterator[None]:
         dist.barrier()
 
 
-def agree(stop: Sequence[int], now: int) -> tuple[int, int]:
-    """(a signal that any rank has caught, or 0; rank 0's `now`), so that all ranks go on and stop together."""
-    signal_number = stop[0] if stop else 0
-    if world_size() > 1:
-        both = torch.tensor([signal_number, now if rank() == 0 else 0])  # on the CPU: nobody waits for a GPU
-        dist.all_reduce(both, dist.ReduceOp.MAX)
-        signal_number, now = both.tolist()
-    return signal_number, now
+def agree(mine: int) -> int:
+    """The largest of all ranks' values, so that they go on and stop together."""
+    if world_size() == 1:
+        return mine
+    value = torch.tensor(mine)  # on the CPU: nobody waits for a GPU
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
 
 
 # ------------------------------------------------------------------------------------------------- run folder
@@ -445,7 +454,7 @@ def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:
     """The tokenizer of a run folder; no other fits its model."""
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if tokenizer.hash != load_settings(folder, kind)["tokenizer"]:
-        raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer this run was made with; put that one back, or train the run anew")
+        raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer of this run; put that one back, or train the run anew")
     return tokenizer
 
 
@@ -492,13 +501,13 @@ class Muon(torch.optim.Optimizer):
     matrix for one, and orthogonalises matrices one by one: here those of one shape go through as one batch.
     """
 
-    def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+    def __init__(self, matrices: Sequence[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
                  dtype: torch.dtype = torch.float32) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
         self.dtype = dtype  # of the iteration's products; bfloat16 is good enough, and float16 is not
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
@@ -581,8 +590,8 @@ def short_memory_named(folder: Path) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # of the first, one kind a device
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        raise InputError(f"{folder}: out of memory; lower --micro-batch (a part of the batch at a time, the same gradient; for fine-tuning in "
-                         "committee.py --ft-micro-batch), else --max-length or --width; fewer --jobs. The last checkpoint is kept") from None
+        raise InputError(f"{folder}: out of memory; lower --micro-batch (a part of the batch at a time, the same gradient; for fine-tuning "
+                         "in committee.py --ft-micro-batch), --max-length, --width or --jobs. The last checkpoint is kept") from None
 
 
 def all_finite(model: nn.Module) -> bool:
@@ -617,10 +626,9 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
 
     def progress() -> int:
         """How far the run has come on its way to `end`: in steps, or in ten-thousandths of the time budget."""
-        return int(end * (time.perf_counter() - started) / (60 * recipe.time_budget)) if recipe.time_budget else step
+        return agree(int(end * (time.perf_counter() - started) / (60 * recipe.time_budget))) if recipe.time_budget else step
 
     now = progress() if tail_steps or not recipe.time_budget else min(progress(), end - 1)  # at least one step closes a run
-    _, now = agree([], now)
     if step == 0 and header:
         run.log(step=0, **header)
     model.train()
@@ -655,7 +663,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
             losses.append(loss)
             step, tokens, window_tokens = step + 1, tokens + seen, window_tokens + seen
             bar.update()
-            before, (_, now) = now, agree([], progress())
+            before, now = now, progress()
             if now // log_every > before // log_every or now >= end:
                 mean = torch.stack(losses).mean().item()  # the one place where the host waits for the device
                 if not math.isfinite(mean) or now >= end and not all_finite(model):
@@ -677,7 +685,7 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                     if rank() == 0:
                         bar.write(f"{label} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in record.items()), file=sys.stderr)
                     window_start = time.perf_counter()
-            told, _ = agree(stop, now)  # a signal that came while evaluating counts too
+            told = agree(stop[0] if stop else 0)
             if told or time.perf_counter() - saved > save_every:
                 save()
                 saved = time.perf_counter()
@@ -698,7 +706,7 @@ class Batches:
     def __init__(self, lengths: np.ndarray, recipe: Optimisation, seed: int) -> None:
         self.lengths, self.recipe, self.seed = lengths, recipe, seed
         self.per_epoch = -(-len(lengths) // recipe.batch_size)
-        self.epoch, self.order = -1, []
+        self.epoch, self.order = -1, list[np.ndarray]()
 
     def __getitem__(self, step: int) -> np.ndarray:
         epoch, index = divmod(step, self.per_epoch)
@@ -768,6 +776,7 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float = 0.15, generato
     input_ids: (B, T) -> masked ids (B, T), positions (M,) into the flattened batch, labels (M,). No special token is
     chosen, and none inserted (unless special_replacements, the authors' fault).
     """
+    # Exercise: choose whole words, all pieces of one together. The loss rises; is the model a better start for a classifier?
     draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
     chosen = (draw < rate) & (input_ids >= FIRST_PIECE)
     positions = chosen.flatten().nonzero().squeeze(1)  # (M,)
@@ -852,7 +861,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
             total = torch.zeros((), device=input_ids.device)
             for start in range(rank() * share, (rank() + 1) * share, part):  # as many parts on every rank
                 stop = min(start + part, (rank() + 1) * share)
-                inside = slice(None)
+                inside: slice | Tensor = slice(None)
                 if part < rows:
                     inside = (positions >= start * T) & (positions < stop * T)
                 with hardware.autocast():
@@ -869,8 +878,9 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                       header={"unigram_loss": round(unigram, 5), "parameters": count_parameters(model)},
                       evaluate=lambda: held_out_loss(model, held_out, vocab_size, hardware))
         if rank() == 0:
-            write_json(folder / "results.json", result_record(settings, final["seconds"], tasks={}, latency_ms={}, unigram_loss=unigram,
-                                                              hardware=hardware.reason, **{k: v for k, v in final.items() if k != "seconds"}))
+            seconds = final.pop("seconds")
+            write_json(folder / "results.json", result_record(settings, seconds, tasks={}, latency_ms={}, unigram_loss=unigram,
+                                                              hardware=hardware.reason, **final))
     return folder
 
 
@@ -883,19 +893,118 @@ def load_pretrained(folder: Path) -> tuple[BertConfig, dict[str, Tensor], Tokeni
     return config_of(folder), load_checkpoint(folder)["model"], tokenizer_of(folder)
 
 
+def ids_with_masks(text: str, tokenizer: Tokenizer, config: BertConfig) -> Tensor:
+    """A user's text as input_ids (1, T), with [MASK] where it says so."""
+    pieces = [tokenizer.pieces.encode(part) for part in text.split("[MASK]")]
+    ids = [CLS] + [i for n, part in enumerate(pieces) for i in ([MASK] if n else []) + part] + [SEP]
+    if len(ids) > config.max_length:
+        raise InputError(f"the text has {len(ids)} tokens, the model {config.max_length} positions; give a shorter one")
+    return torch.tensor([ids])
+
+
 @torch.no_grad()
 def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
     """The likeliest pieces, with their probabilities, for every "[MASK]" of a text."""
     model, tokenizer = load_masked_lm(folder)
-    pieces = [tokenizer.pieces.encode(part) for part in text.split("[MASK]")]
-    if len(pieces) < 2:
+    if "[MASK]" not in text:
         raise InputError("--fill-mask: the text holds no [MASK]")
-    ids = [2] + [i for n, part in enumerate(pieces) for i in ([MASK] if n else []) + part] + [3]
-    if len(ids) > model.config.max_length:
-        raise InputError(f"--fill-mask: {len(ids)} tokens, the model has {model.config.max_length} positions")
-    input_ids = torch.tensor([ids])
+    input_ids = ids_with_masks(text, tokenizer, model.config)
     probabilities = model(input_ids, (input_ids[0] == MASK).nonzero().squeeze(1)).softmax(-1)
     return [[(tokenizer.pieces.id_to_piece(int(i)), float(p)) for p, i in zip(*row.topk(top))] for row in probabilities]
+
+
+@torch.no_grad()
+def show_forward_pass(folder: Path, text: str) -> None:
+    """Print what every stage of a real forward pass returns, and how each head spreads its attention."""
+    model, tokenizer = load_masked_lm(folder)
+    config, input_ids = model.config, ids_with_masks(text, tokenizer, model.config)
+    asked = (input_ids[0] == MASK).nonzero().squeeze(1)
+    positions = asked if len(asked) else torch.arange(input_ids.size(1))
+    B, T = input_ids.shape
+    print(f"B {B} text, T {T} tokens, C {config.width} wide, H {config.heads} heads of D {config.width // config.heads}, "
+          f"V {config.vocab_size} pieces, M {len(positions)} positions asked ({'the masked ones' if len(asked) else 'no [MASK]: all'})")
+    print(f"{'stage':34}{'module':12}{'shape':18}standard deviation\n{'input_ids':34}{'':12}{tuple(input_ids.shape)!s}")
+    listened: list[tuple[Attention, Tensor]] = []
+
+    def report(name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        print(f"{name:34}{type(module).__name__:12}{tuple(output.shape)!s:18}{output.std():.3f}")
+        if isinstance(module, Attention):
+            listened.append((module, inputs[0]))
+
+    hooks = [module.register_forward_hook(partial(report, name)) for name, module in model.named_modules()
+             if name and not isinstance(module, nn.ModuleList)]
+    logits = model(input_ids, positions)
+    for hook in hooks:
+        hook.remove()
+    print(f"{'logits':34}{'':12}{tuple(logits.shape)!s:18}{logits.std():.3f}   (the token embeddings once more, and a bias)")
+    names = [tokenizer.pieces.id_to_piece(int(i)) for i in input_ids[0]]
+    for number, (attention, x) in enumerate(listened, 1):
+        query, key, _ = attention.project(x)
+        for head, weights in enumerate(attention_weights(query, key, torch.ones(1, 1, 1, T, dtype=torch.bool))[0], 1):
+            print(f"\nlayer {number}, head {head}: the row's token listens to the column's, in % (under 5 left out)")
+            print(" " * 12 + "".join(f"{name[:5]:>6}" for name in names))
+            for name, row in zip(names, weights.tolist()):
+                print(f"{name[:11]:>11} " + "".join(f"{100 * w:6.0f}" if w >= 0.05 else " " * 6 for w in row).rstrip())
+
+
+# ------------------------------------------------------------------------------------------------------- pictures
+def pyplot() -> ModuleType | None:
+    """matplotlib.pyplot, for pictures in files; None, said in one line, where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("note: no picture is drawn without matplotlib: pip install matplotlib", file=sys.stderr)
+        return None
+    matplotlib.use("Agg")
+    return importlib.import_module("matplotlib.pyplot")
+
+
+def save_picture(figure, path: Path) -> None:
+    with write_atomically(path) as file:
+        figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
+    print(f"{path} written")
+
+
+def break_step(curve: Sequence[tuple[int, float]], baseline: float) -> int | None:
+    """Where a loss curve [(step, nats)] leaves the plateau at the unigram baseline: from this step on the mean of five points stays
+    0.1 nats below."""
+    smooth = [np.mean([loss for _, loss in curve[max(0, i - 4) : i + 1]]) for i in range(len(curve))]
+    below = len(curve)
+    while below and smooth[below - 1] < baseline - 0.1:
+        below -= 1
+    return curve[below][0] if below < len(curve) else None
+
+
+def plot_losses(folders: Sequence[Path]) -> None:
+    """The loss curves of pre-training runs, with the unigram baseline and the step at which each breaks away from it."""
+    logs = [read_log(folder) for folder in folders]
+    if not (plt := pyplot()):
+        return
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for number, (folder, log) in enumerate(zip(folders, logs)):
+        colour, unigram = f"C{number % 10}", log[0]["unigram_loss"]
+        curve = [(r["step"], r["loss"]) for r in log if "loss" in r]
+        held_out = [(r["step"], r["held_out_loss"]) for r in log if "held_out_loss" in r]
+        found = break_step(curve, unigram)
+        label = f"{folder.resolve().name}: " + (f"leaves the baseline at step {found}" if found else "at the baseline")
+        axes.plot(*zip(*curve), color=colour, alpha=0.6, linewidth=1, label=label)
+        axes.plot(*zip(*held_out), color=colour, linestyle="", marker="o", markersize=5) if held_out else None
+        axes.axhline(unigram, color=colour if len({log[0]["unigram_loss"] for log in logs}) > 1 else "0.3", linestyle="--", linewidth=1)
+        if found:
+            axes.axvline(found, color=colour, linestyle=":", linewidth=1)
+    axes.set(xlabel="step", ylabel="loss in nats", title="Line: training. Dots: held-out articles. Dashed: unigram baseline")
+    axes.legend(fontsize=8)
+    save_picture(figure, folders[0] / "loss.png")
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a pre-training run's log. Raises InputError where there is no curve in it yet."""
+    load_settings(folder, "pretrain")
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "log.jsonl").exists() else []
+    log = [json.loads(line) for line in lines if line.endswith("}")]
+    if not any("loss" in record for record in log) or "unigram_loss" not in log[0]:
+        raise InputError(f"{folder}: no loss in its log.jsonl yet; name a pre-training run that has made some steps")
+    return log
 
 
 # ------------------------------------------------------------------------------------------- to and from Hugging Face
@@ -979,11 +1088,15 @@ def import_checkpoint(checkpoint: Path, tokenizer_file: Path | None, runs_dir: P
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="architecture (default %(default)s)")
     parser.add_argument("--seed", type=number(0), default=0, help="of initialisation, article order, masks and dropout")
     parser.add_argument("--name", default="", help="of the run folder (default: made from the settings)")
     parser.add_argument("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what a trained run puts in place of [MASK]")
+    parser.add_argument("--show", nargs=2, metavar=("TEXT", "RUN"), help="every stage of RUN's forward pass over a text, and each head's "
+                        "attention; the text may hold [MASK]")
+    parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw the loss curves of these runs, into the first one's "
+                        "loss.png (needs matplotlib)")
     parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN as a Hugging Face folder DIR")
     add_run_flags(parser)
     add_source_flags(parser)
@@ -992,6 +1105,12 @@ def main() -> None:
     if args.fill_mask:
         for row in fill_mask(Path(args.fill_mask[1]), args.fill_mask[0]):
             print("  ".join(f"{piece} {p:.3f}" for piece, p in row))
+        return
+    if args.show:
+        show_forward_pass(Path(args.show[1]), args.show[0])
+        return
+    if args.plot:
+        plot_losses(args.plot)
         return
     if args.export:
         model, tokenizer = load_masked_lm(args.export[1])

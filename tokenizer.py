@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import difflib
 import hashlib
 import io
 import os
@@ -21,6 +22,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import sentencepiece as spm
@@ -29,10 +31,11 @@ PAD, UNK, CLS, SEP, MASK = range(5)  # ids of the special tokens; ordinary piece
 FIRST_PIECE = 5
 # [UNK] is SentencePiece's unknown piece, the other four are control symbols: the string "[MASK]" in a text is split
 # into ordinary pieces and never becomes id 4. num_threads is a constant because it changes the model that is trained.
-SPECIALS = dict(pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, pad_piece="[PAD]", unk_piece="[UNK]", bos_piece="[CLS]",
-                eos_piece="[SEP]", control_symbols="[MASK]")
-TRAINING = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995, num_threads=4,
-                minloglevel=2)
+SPECIALS: dict[str, Any] = dict(pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, pad_piece="[PAD]", unk_piece="[UNK]",
+                                bos_piece="[CLS]", eos_piece="[SEP]", control_symbols="[MASK]")
+TRAINING: dict[str, Any] = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995,
+                                num_threads=4, minloglevel=2)
+# Exercise: train with model_type="bpe" and compare the pieces of one text (--show). Which of the two cuts words where you would?
 LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 without a word
 
 
@@ -51,7 +54,8 @@ def run_script(main: Callable[[], object]) -> None:
     """Run a script's main(): bad input, or a file that the system refuses, ends in one line and exit status 2, Ctrl-C in
     status 130, SIGTERM in 143; no traceback, and temporary files are removed. What is printed is UTF-8 everywhere, piped on Windows too."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a letter that the terminal lacks must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # a letter that the terminal lacks must not end a run
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
@@ -61,6 +65,20 @@ def run_script(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with a script's docstring as its help page, and one line, with the nearest valid name, for a wrong flag or value."""
+
+    def __init__(self, page: str | None) -> None:
+        super().__init__(usage="python %(prog)s [flags]", description=page, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        values = [str(value) for action in self._actions for value in action.choices or ()]
+        wrong = re.search(r"unrecognized arguments: (-[^\s=]*)|invalid choice: '([^']*)'", message)
+        near = difflib.get_close_matches(wrong[1] or wrong[2], flags if wrong[1] else values, n=1, cutoff=0.5) if wrong else []
+        self.exit(2, f"error: {message}" + (f"; did you mean {near[0]}?" if near else "") + f" ({self.prog} --help tells all flags)\n")
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
@@ -158,8 +176,8 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------- for Hugging Face
-def protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of a protobuf message's fields; a .model is one, and `import google.protobuf` would be a dependency.
+def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value: int or bytes) of a protobuf message's fields; a .model is one, and `import google.protobuf` would be a dependency.
 
     Source: https://protobuf.dev/programming-guides/encoding/ and sentencepiece_model.proto (the numbers below are its).
     """
@@ -225,7 +243,7 @@ def hugging_face_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="the .model file to write (--train) or to use")
     parser.add_argument("--train", nargs="+", type=Path, metavar="TEXT", help="train on these UTF-8 text files")
     parser.add_argument("--vocab-size", type=int, default=8_000, help="number of pieces (default %(default)s; paper 30522)")

@@ -165,7 +165,8 @@ def claim_4(cells: dict[str, Cell]) -> str:
     if conv := cells.get("conv"):
         values, gaps = conv.accuracies("fewrel", "bert-1-conv3", "pretrained"), conv.gaps("fewrel", "bert-1-conv3")
         text += (f"\n\nThree BERT-1s with a convolutional stem (bert-1-conv3) on FewRel: {with_interval(values)} %, gap "
-                 f"{with_interval(gaps, sign=True)}; as a committee {100 * conv.tasks['fewrel']['committee']['bert-1-conv3'][0][-1]:.1f} %.")
+                 f"{with_interval(gaps, sign=True)}; as a committee "
+                 f"{100 * conv.tasks['fewrel']['committee']['bert-1-conv3'][0][-1]:.1f} %.")
     name = f"committee-{len(votes)}"
     latency, price = c.record["latency_ms"], c.record["price"]
     rows = [[m, f"{latency[m]['median']:.2f} ({latency[m]['p10']:.2f}-{latency[m]['p90']:.2f})", f"{latency[m]['texts_per_s']:.0f}",
@@ -248,8 +249,8 @@ def speed(cells: dict[str, Cell]) -> str:
             limit = f" ({100 * r['share_of_limit']:.0f} % of the machine's limit)" if "share_of_limit" in r else ""
             theirs = "" if r.get("reference_is") else f"{r['reference']:,.4g}"
             aim = f"{r['reference']:.3g} {r['unit']}" if r.get("reference_is") else f"{r['target']:.1f}"
-            rows.append([r["name"].strip(), f"{r['ours']:,.4g}{limit}", theirs, r["unit"], "" if r.get("reference_is") else f"{r['ratio']:.1f}",
-                         f"{aim}{'' if r['met'] else ', not met'}"])
+            ratio = "" if r.get("reference_is") else f"{r['ratio']:.1f}"
+            rows.append([r["name"].strip(), f"{r['ours']:,.4g}{limit}", theirs, r["unit"], ratio, aim + ("" if r["met"] else ", not met")])
         machine = record["machine"]
         texts.append(f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores; {record['hardware']}; `{record['command']}`\n\n"
                      + table(["", "ours", "the authors' way", "unit", "times faster", "aim"], rows))
@@ -333,7 +334,7 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
             if f"c3-{task}-{arm}" in cells]
     if arms:
         figure, axes = plt.subplots(figsize=(6, 4))
-        for x, (task, arm, c) in enumerate(arms):
+        for x, (task, _, c) in enumerate(arms):
             points(axes, x, c.gaps(task, "bert-1"), BLUE if task == "fewrel" else ORANGE, "s" if task == "fewrel" else "o")
         axes.set_xticks(range(len(arms)), [f"{TASKS[t]}\n{a}" for t, a, _ in arms])
         axes.axhline(0, color=GREY, linewidth=1)

@@ -36,7 +36,7 @@ class Loopback:
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
-    def __enter__(self) -> "Loopback":
+    def __enter__(self) -> Loopback:
         loopback = self
 
         class Handler(BaseHTTPRequestHandler):

@@ -187,7 +187,7 @@ def authors_stem(channels: int, kernels: tuple[int, ...]) -> nn.Sequential:
 
 def stem_like(ours: ConvStem, channels: int, kernels: tuple[int, ...]) -> nn.Sequential:
     stem = authors_stem(channels, kernels).to(ours.convs[0].weight.dtype)
-    for convolution, conv, norm in zip(stem[::3], ours.convs, ours.norms):
+    for convolution, conv in zip(stem[::3], ours.convs):
         convolution.load_state_dict(conv.state_dict())
     for normalisation, norm in zip(stem[1::3], ours.norms):
         normalisation.load_state_dict(norm.state_dict())

@@ -16,7 +16,7 @@ import torch
 
 from data import load_tasks, text_key
 from finetune import Predictor
-from material import write_articles, write_raw_folder, write_task_file
+from material import articles, write_articles, write_raw_folder, write_task_file
 from pretrain import choose_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,7 +69,9 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     assert {p.name for p in folder.iterdir()} >= {"config.json", "log.jsonl", "last.pt", "tokenizer.model", "results.json"}
     assert re.search(r"\S+ 0\.\d{3}  ", run("pretrain.py", "--fill-mask", "the [MASK] of france", folder))
     out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", material / "test.csv",
-              "--seeds", "2", "--epochs", "2")
+              "--seeds", "2", "--epochs", "2", "--plot", "--confusion")
+    assert re.search(r"^  (\w+) taken for (?!\1)\w+: \d+ of 10 test rows\n {6}\w+ number 1\d{3} \w+ \1 today", out, flags=re.M), out
+    assert Path(re.search(r"(\S.*\.png) written", out)[1]).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"train bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
     run_folder = next((material / "runs/finetune").glob("train-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
@@ -86,6 +88,21 @@ def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
     out = run("finetune.py", *sources(material), "--model", "bert-1", "--task-file", material / "train.csv", material / "test.csv",
               "--epochs", "15", "--pooling", "mean")
     assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80
+
+
+def test_another_script_than_latin(material: Path) -> None:
+    """README's walk through one's own data, in Greek letters: a text file, a CSV with Greek class names, a prediction."""
+    greek = str.maketrans("abcdefghijklmnopqrstuvwxyz", "αβψδεφγηιξκλμνοπχρστθωςχυζ")
+    (material / "ελληνικά.txt").write_text("\n\n".join(a["text"].lower().translate(greek) for a in articles(150)), encoding="utf-8")
+    for name in ("train.csv", "test.csv"):
+        head, _, rows = (material / name).read_text(encoding="utf-8").partition("\n")
+        (material / f"ελλ-{name}").write_text(f"{head}\n{rows.translate(greek)}", encoding="utf-8")
+    out = run("finetune.py", "--preset", "smoke", "--articles", material / "ελληνικά.txt", "--runs-dir", material / "runs-ελλ", "--task-file",
+              material / "ελλ-train.csv", material / "ελλ-test.csv", "--epochs", "15", "--pooling", "mean")
+    (folder,) = (material / "runs-ελλ/finetune").glob("ελλ-train-scratch-*")
+    answer = Predictor(folder, choose_hardware("cpu"))(["river number 3 crosses brazil today".translate(greek)])[0]
+    assert next(iter(answer)) == "brazil".translate(greek) and len(answer) == 3
+    assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80  # so the letters did not become [UNK]
 
 
 def test_committee_script(material: Path) -> None:
@@ -176,7 +193,8 @@ def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
     (alone,) = (material / "runs-member/pretrain").glob("*/last.pt")
     assert "-seed101-" in str(alone)  # number 2
     stamp = alone.stat().st_mtime_ns
-    out = run(*command)
+    out = run(*command, "--plot")
+    assert re.search(r"accuracies\.png written", out)
     assert "committee of 2 bert-1" in out and alone.stat().st_mtime_ns == stamp
     assert len(list((material / "runs-member/pretrain").glob("*/last.pt"))) == 2
     assert "there are 2, numbered from 1, and no deep model" in run(*command, "--member", "3", status=2)
@@ -258,6 +276,9 @@ def test_data_script(material: Path) -> None:
     (["pretrain.py", "--articles", "ARTICLES", "--device", "cuda"], "--device cpu"),
     (["finetune.py", "--checkpoint", "nowhere", "--task-file", "TRAIN"], "is this a run folder"),
     (["finetune.py", "--predict", "x"], "--predict needs"),
+    (["pretrain.py", "--articles", "ARTICLES", "--device", "gpu"], "--device gpu: no such device here"),
+    (["pretrain.py", "--warmpu", "0.1"], "did you mean --warmup?"),
+    (["finetune.py", "--task", "fewrell"], "did you mean fewrel?"),
     (["pretrain.py", "--articles", "ARTICLES", "--micro-batch", "-1"], "--micro-batch -1: must lie in"),
     (["committee.py", "--articles", "ARTICLES", "--deep", "bert-1"], "is a member too"),
     (["finetune.py", "--task-file", "TRAIN", "--articles", "ARTICLES", "--width", "100", "--preset", "smoke"], "--width: width 100"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,9 @@ from committee import SoftCommittee
 from data import Corpus, DeviceTable, InputError, TokenTable, make_table
 from material import articles, small_tokenizer
 from model import Classifier, MaskedLM, named_config
-from pretrain import (PRESETS, Hardware, Muon, Optimisation, count_embeddings, held_out_loss, load_checkpoint, make_optimizers,
-                      mask_tokens, orthogonalise, pretrain, schedule, start_from_counts, unigram_loss)
+from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, held_out_loss, load_checkpoint,
+                      make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, schedule, show_forward_pass, start_from_counts,
+                      unigram_loss)
 from tokenizer import CLS, FIRST_PIECE, MASK
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "test")
@@ -299,3 +302,30 @@ def test_stored_in_the_type_of_products() -> None:
         assert all(m.pooler.weight.dtype == torch.bfloat16 for m in members)
         assert torch.equal(before[1], SoftCommittee(members)(ids))
         assert all(torch.equal(x, m(ids)) for x, m in zip(before[0], members))
+
+
+def test_show_and_plot(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """--show prints real shapes and attention that sums to 1; --plot draws, and without matplotlib says so in one line."""
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, width=128, heads=2)
+    folders = [pretrain(model, recipe, corpus, 0, tmp_path, CPU) for model in ("bert-1", "bert-1-conv2")]
+    capsys.readouterr()
+    show_forward_pass(folders[1], "the [MASK] of france")
+    out = capsys.readouterr().out
+    T = int(re.search(r"T (\d+) tokens", out)[1])
+    for stage, shape in (("bert.stem", (1, T, 128)), ("bert.layers.0.attention.qkv", (1, T, 384)), ("bert.layers.0.mlp_in", (1, T, 512)),
+                         ("dense", (1, 128)), ("logits", (1, corpus.tokenizer.vocab_size))):
+        assert re.search(rf"^{re.escape(stage)} .*{re.escape(str(shape))}", out, flags=re.M), out
+    heads = re.split(r"^layer 1, head \d.*\n.*\n", out, flags=re.M)[1:]
+    rows = [[int(x) for x in line.split()[1:]] for head in heads for line in head.strip().splitlines()]
+    assert len(heads) == 2 and len(rows) == 2 * T
+    assert all(100 - 5 * T - T <= sum(row) <= 100 + T for row in rows)  # entries under 5 are left out, others rounded
+    plot_losses(folders)
+    assert (folders[0] / "loss.png").read_bytes().startswith(b"\x89PNG") and len(capsys.readouterr().out.splitlines()) == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    plot_losses(folders)
+    assert capsys.readouterr().err == "note: no picture is drawn without matplotlib: pip install matplotlib\n"
+
+
+def test_the_break_of_a_loss_curve() -> None:
+    down, noisy = [(s, 6.0 - 0.1 * max(0, s - 20)) for s in range(40)], [(s, 6.0 + 0.3 * (-1) ** s) for s in range(40)]
+    assert 21 < break_step(down, 6.0) < 26 and break_step(noisy, 6.0) is None and break_step(down, 3.0) is None
