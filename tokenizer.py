@@ -15,6 +15,7 @@ import base64
 import difflib
 import hashlib
 import io
+import os
 import re
 import struct
 import sys
@@ -49,12 +50,16 @@ def run_script(main: Callable[[], object]) -> None:
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read what is printed (`| head`) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 class Parser(argparse.ArgumentParser):
