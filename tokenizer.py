@@ -59,6 +59,10 @@ def run_script(main: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed (`| head`) has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (InputError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)

@@ -58,6 +58,10 @@ def test_tokenizer_script(material: Path) -> None:
     ids = re.findall(r"^ *(\d+)", shown, flags=re.M)
     assert ids[0] == "2" and ids[-1] == "3"
     assert run("tokenizer.py", "--model", model, "--decode", *ids).strip() == "river of japan"
+    process = subprocess.Popen([sys.executable, str(ROOT / "tokenizer.py"), "--model", str(model), "--show", "river of japan " * 2_000],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()  # as `| head` does
+    assert process.stderr.read() == "" and process.wait() == 1
     assert "[MASK]" in model.with_suffix(".vocab").read_text(encoding="utf-8")
     assert run("tokenizer.py", "--train", text, "--model", model, "--vocab-size", "9000", status=2).startswith("error: --vocab-size 9000")
 
