@@ -84,10 +84,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     if not FIRST_PIECE < vocab_size <= 65_536:
         raise InputError(f"--vocab-size {vocab_size}: must lie between {FIRST_PIECE + 1} and 65536 (ids are 16 bits wide)")
     model = io.BytesIO()
+    stopped: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from training_lines(texts)
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            stopped.append(error)  # the library would turn it, Ctrl-C included, into a RuntimeError of its own
+            raise
+
     try:
-        spm.SentencePieceTrainer.train(sentence_iterator=training_lines(texts), model_writer=model,
+        spm.SentencePieceTrainer.train(sentence_iterator=lines(), model_writer=model,
                                        vocab_size=vocab_size, **SPECIALS, **TRAINING)
     except (RuntimeError, OSError) as error:  # the library reports every failure this way; its text holds the limit
+        if stopped:
+            raise stopped[0] from None
         message = str(error)
         if fits := re.search(r"less than or equal to (\d+)|<= ?(\d+)", message):
             raise InputError(f"--vocab-size {vocab_size} is too large for these texts: "
