@@ -39,12 +39,15 @@ LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 wit
 class InputError(Exception):
     """Input that cannot be worked with. The message is one line: what, where, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split("\n")))  # a library's own words, quoted, may have several
+
 
 def in_one_line(error: Exception) -> str:
     """What an InputError, or an OSError such as "permission denied", has to say."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; name another place, or make this one usable"
-    return " ".join(str(error).split("\n"))
+    return str(error)
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -118,7 +121,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes, name: str = "tokenizer.model") -> None:
         try:
-            self.pieces = spm.SentencePieceProcessor(model_proto=model)
+            self.pieces = spm.SentencePieceProcessor()
+            self.pieces.load_from_serialized_proto(model)
         except RuntimeError:
             raise InputError(f"{name}: not a SentencePiece model; train one with tokenizer.py --train") from None
         found = [self.pieces.id_to_piece(i) for i in range(min(FIRST_PIECE, len(self.pieces)))]
