@@ -98,14 +98,16 @@ VITAL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa
 
 @contextmanager
 def full_disk_named(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns a full disk or quota into an InputError that names `path` and what it needs (bytes; 0: unknown)."""
+    """Turns a full disk, a quota or a limit on a file's size into an InputError that names `path` and what it needs (bytes; 0: unknown)."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save covers it with an error of its own
+        if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         size = f", which needs {needed / 1e6:.1f} MB" if needed else ""
-        raise InputError(f"no space left on the disk while writing {path}{size}: free some and run the same again") from error
+        raise InputError(f"no space left on the disk while writing {path}{size} ({cause.strerror}): free some and run the same "
+                         "again") from error
 
 
 @contextmanager

@@ -335,7 +335,7 @@ def main() -> None:
                         finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir, hardware,
                                  fresh=args.fresh, compiled=args.compile, label=label) for j in range(args.seeds)])
             for kind, units in runs.items():
-                losses = [read_json(f / "results.json")["train_loss"] for unit in units for f in unit]
+                losses = [read_json(f / "results.json", "train_loss")["train_loss"] for unit in units for f in unit]
                 values = [list(map(run_accuracy, unit)) for unit in units]
                 record.setdefault(task.name, {"models": {}, "committee": {}})["models"].setdefault(label, {})[
                     "pretrained" if kind == "pre-trained" else "scratch"] = [x for unit in values for x in unit]
