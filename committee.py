@@ -306,7 +306,7 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
         print(in_words(f"committee of {args.members} against {args.deep}:", against_deep))
         print(gap_sentence(args.deep, deep["pretrained"], deep["scratch"]))
     print(gap_sentence(name, *([unit for group in shallow[kind] for unit in group] for kind in ("pretrained", "scratch"))))
-    converged = {kind: max(read_json(f / "results.json")["train_loss"] for unit in units for f in unit) for kind, units in
+    converged = {kind: max(read_json(f / "results.json", "train_loss")["train_loss"] for unit in units for f in unit) for kind, units in
                  (("pretrained", deep["pretrained"] + [u for g in shallow["pretrained"] for u in g]),
                   ("scratch", deep["scratch"] + [u for g in shallow["scratch"] for u in g]))}
     print(f"largest last training loss: pre-trained {converged['pretrained']:.3f}, from scratch {converged['scratch']:.3f}")

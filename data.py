@@ -99,14 +99,16 @@ VITAL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa
 
 @contextmanager
 def full_disk_named(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns a full disk or quota into an InputError that names `path` and what it needs (bytes; 0: unknown)."""
+    """Turns a full disk, a quota or a limit on a file's size into an InputError that names `path` and what it needs (bytes; 0: unknown)."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save covers it with an error of its own
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         size = f", which needs {needed / 1e6:.1f} MB" if needed else ""
-        raise InputError(f"no space left on the disk while writing {path}{size}: free some and run the same again") from error
+        raise InputError(f"no space left on the disk while writing {path}{size} ({cause.strerror}): free some and run the same "
+                         "again") from error
 
 
 @contextmanager
@@ -863,7 +865,7 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str
                 return codecs.iterdecode(iter(lambda: stream.readline(1 << 20), b""), "utf-8", errors="replace")
 
             classes = [line.strip() for line in lines("classes.txt") if line.strip()]
-            train, test = (labelled(read_csv_rows(lines(part), f"{paths[0]}:{part}", 3), part, len(classes),
+            train, test = (labelled(read_csv_rows(lines(part), f"{paths[0]}:{part}", 3), f"{paths[0]}:{part}", len(classes),
                                     lambda row: row[2].strip()) for part in ("train.csv", "test.csv"))
     except (tarfile.TarError, KeyError, ValueError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{paths[0]}: not the official archive ({error})") from None
@@ -1062,7 +1064,7 @@ def load_table(path: Path) -> TokenTable:
             raise ValueError("sizes disagree")
         if not (isinstance(meta["max_length"], int) and isinstance(meta["texts_sha256"], str) and tokens.max() < meta["vocab_size"]):
             raise ValueError("of another version, or another tokenizer")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, RecursionError, MemoryError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy raises a dozen kinds for a damaged file; all mean the same here
         raise InputError(f"{path}: a damaged token table ({error}); delete that folder, it is made again") from None
     return TokenTable(tokens, offsets, meta)
 

@@ -341,27 +341,29 @@ class Run:
 
     def open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = file_lock(self.folder / "lock", wait=self.wait) if rank() == 0 else contextlib.nullcontext()
-        self.lock.__enter__()
-        for left in self.folder.glob("*.tmp") if rank() == 0 else []:  # what a killed process had not finished writing
-            left.unlink(missing_ok=True)
-        if self.fresh and rank() == 0:
-            for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
-                (self.folder / name).unlink(missing_ok=True)
-        if (self.folder / "config.json").exists():
-            before = read_json(self.folder / "config.json")
-            if differences := setting_differences(before, self.settings):
-                raise InputError(f"{self.folder}: made with other settings ({', '.join(differences)}); "
-                                 "choose another --name, or --fresh to throw it away")
-            if (self.folder / "results.json").exists():
-                self.results = read_json(self.folder / "results.json")
-        else:
-            with write_atomically(self.folder / "tokenizer.model") as file:
-                file.write(self.tokenizer.model)
-            write_json(self.folder / "config.json", self.settings)
+        with contextlib.ExitStack() as stack:
+            if rank() == 0:
+                stack.enter_context(file_lock(self.folder / "lock", wait=self.wait))
+                for left in self.folder.glob("*.tmp"):  # what a killed process had not finished writing
+                    left.unlink(missing_ok=True)
+            if self.fresh and rank() == 0:
+                for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
+                    (self.folder / name).unlink(missing_ok=True)
+            if (self.folder / "config.json").exists():
+                before = read_json(self.folder / "config.json")
+                if differences := setting_differences(before, self.settings):
+                    raise InputError(f"{self.folder}: made with other settings ({', '.join(differences)}); "
+                                     "choose another --name, or --fresh to throw it away")
+                if (self.folder / "results.json").exists():
+                    self.results = read_json(self.folder / "results.json")
+            else:
+                with write_atomically(self.folder / "tokenizer.model") as file:
+                    file.write(self.tokenizer.model)
+                write_json(self.folder / "config.json", self.settings)
+            self.held = stack.pop_all()  # until __exit__; an error above gives the lock back
 
     def __exit__(self, *error) -> None:
-        self.lock.__exit__(*error)
+        self.held.__exit__(*error)
 
     def log(self, **record) -> None:
         if rank():
@@ -1125,7 +1127,7 @@ def main() -> None:
         folder = pretrain(args.model, recipe, corpus, args.seed, args.runs_dir, hardware, name=args.name, fresh=args.fresh,
                           compiled=args.compile)
         if rank() == 0:
-            results = read_json(folder / "results.json")
+            results = read_json(folder / "results.json", "held_out_loss", "held_out_accuracy", "unigram_loss", "seconds")
             print(f"{folder}: held-out loss {results['held_out_loss']:.3f} nats (unigram baseline {results['unigram_loss']:.3f}), "
                   f"accuracy {results['held_out_accuracy']:.3f}, {results['seconds']:.0f} s\n"
                   f"next: python finetune.py --checkpoint {folder}")

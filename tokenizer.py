@@ -42,12 +42,15 @@ LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 wit
 class InputError(Exception):
     """Input that cannot be worked with. The message is one line: what, where, what to do."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split("\n")))  # a library's own words, quoted, may have several
+
 
 def in_one_line(error: Exception) -> str:
     """What an InputError, or an OSError such as "permission denied", has to say."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}; name another place, or make this one usable"
-    return " ".join(str(error).split("\n"))
+    return str(error)
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -106,10 +109,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     if not FIRST_PIECE < vocab_size <= 65_536:
         raise InputError(f"--vocab-size {vocab_size}: must lie between {FIRST_PIECE + 1} and 65536 (ids are 16 bits wide)")
     model = io.BytesIO()
+    stopped: list[BaseException] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            yield from training_lines(texts)
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            stopped.append(error)  # the library would turn it, Ctrl-C included, into a RuntimeError of its own
+            raise
+
     try:
-        spm.SentencePieceTrainer.train(sentence_iterator=training_lines(texts), model_writer=model,
+        spm.SentencePieceTrainer.train(sentence_iterator=lines(), model_writer=model,
                                        vocab_size=vocab_size, **SPECIALS, **TRAINING)
     except (RuntimeError, OSError) as error:  # the library reports every failure this way; its text holds the limit
+        if stopped:
+            raise stopped[0] from None
         message = str(error)
         if fits := re.search(r"less than or equal to (\d+)|<= ?(\d+)", message):
             raise InputError(f"--vocab-size {vocab_size} is too large for these texts: "
@@ -129,7 +143,8 @@ class Tokenizer:
 
     def __init__(self, model: bytes, name: str = "tokenizer.model") -> None:
         try:
-            self.pieces = spm.SentencePieceProcessor(model_proto=model)
+            self.pieces = spm.SentencePieceProcessor()
+            self.pieces.load_from_serialized_proto(model)
         except RuntimeError:
             raise InputError(f"{name}: not a SentencePiece model; train one with tokenizer.py --train") from None
         found = [self.pieces.id_to_piece(i) for i in range(min(FIRST_PIECE, len(self.pieces)))]

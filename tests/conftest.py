@@ -19,3 +19,14 @@ def raw_data() -> Path:
     if not (folder / "wikipedia").is_dir():
         pytest.skip("no real data: set TLM_RAW_DATA to a raw folder")
     return folder
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: minutes to hours; left out unless asked for with -m slow. TLM_RELIABILITY=FILE keeps the figures")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow and not config.getoption("-m"):
+        items[:] = [item for item in items if item not in slow]
+        config.hook.pytest_deselected(items=slow)

@@ -22,7 +22,8 @@ class Loopback:
 
     Words: "ok" (also when the list is used up), "no ranges", "short" (half the body, then the end), "chunked" (whole, its
     length not announced), "short chunked", "wrong range", "corrupt", "html" (an error page with status 200), "stall" (half the body, then nothing),
-    "416", "loop" and "file" (redirects to itself and to file://), "refuse" (the connection is closed unanswered),
+    "drip" (the body a hundredth at a time, slowly), "endless" (the body again and again, its length not announced), "no number" (a Content-Length
+    that is none), "416", "loop" and "file" (redirects to itself and to file://), "refuse" (the connection is closed unanswered),
     or a status such as "404"; "429:7" adds the header `Retry-After: 7`.
     """
 
@@ -108,17 +109,29 @@ class Loopback:
         if word == "corrupt":
             body = body[:len(body) // 3] + bytes([body[len(body) // 3] ^ 1]) + body[len(body) // 3 + 1:]
         handler.send_response(status)
-        headers |= {"Transfer-Encoding": "chunked"} if word.endswith("chunked") else {"Content-Length": str(len(body))}
+        if word == "no number":
+            headers |= {"Content-Length": "many", "Connection": "close"}
+        elif word == "endless":
+            headers |= {"Connection": "close"}
+        else:
+            headers |= {"Transfer-Encoding": "chunked"} if word.endswith("chunked") else {"Content-Length": str(len(body))}
         for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
         if word.endswith("chunked"):
             sent = body if word == "chunked" else body[:len(body) // 2]
             handler.wfile.write(b"%x\r\n" % len(body) + sent + (b"\r\n0\r\n\r\n" if word == "chunked" else b""))
+        elif word == "drip":
+            for start in range(0, len(body), step := len(body) // 100 + 1):
+                handler.wfile.write(body[start:start + step])
+                time.sleep(0.01)
+        elif word == "endless":
+            while not self._ended.is_set():
+                handler.wfile.write(body)
         else:
             handler.wfile.write(body[:len(body) // 2] if word in ("short", "stall") else body)
         if word == "stall":
             handler.wfile.flush()
             self._ended.wait(10)
-        if word in ("short", "short chunked", "stall"):
+        if word in ("short", "short chunked", "stall", "no number"):
             handler.close_connection = True

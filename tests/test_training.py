@@ -220,6 +220,7 @@ def test_a_run_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> None
     assert (folder / "last.pt").stat().st_mtime_ns == before, "a finished run was trained again"
     with pytest.raises(InputError, match=r"recipe.lr 0.001 there, 1.0 now, seed 0 there, 1 now"):
         pretrain("bert-1", dataclasses.replace(recipe, lr=1.0), corpus, 1, tmp_path, CPU, name="mine")
+    assert (folder / "last.pt").stat().st_mtime_ns == before, "what was refused did something all the same"
     pretrain("bert-1", dataclasses.replace(recipe, lr=1e-2), corpus, 1, tmp_path, CPU, name="mine", fresh=True)
 
 

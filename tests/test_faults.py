@@ -1,0 +1,340 @@
+"""A full disk, damaged or hostile files in a run folder, numbers that go wrong: one clear line, and the last good state stays."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import errno
+import json
+import os
+import pickle
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import finetune as finetuning
+import pretrain as pretraining
+from data import Corpus, DeviceTable, InputError, Task, TokenTable, load_table, make_table
+from finetune import Predictor, TaskTables, finetune, run_accuracy, run_probabilities
+from material import articles, small_tokenizer
+from pretrain import PRESETS, Hardware, load_checkpoint, load_pretrained, load_tensors, pretrain, read_json
+from tokenizer import save_tokenizer
+
+CPU = Hardware(torch.device("cpu"), torch.float32, "test")
+RECIPE = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=8)
+TASK = Task("two", ["a", "b"], [("river city", 0), ("king painter", 1)] * 8, [("a city", 0), ("the king", 1)])
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    tokenizer, folder = small_tokenizer(), tmp_path_factory.mktemp("tables")
+    texts = [a["text"] for a in articles(60)]
+    return Corpus(tokenizer, make_table(texts[20:], tokenizer, 32, folder, "train"), make_table(texts[:20], tokenizer, 32, folder, "held"))
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
+
+
+def save_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pretraining.train
+    monkeypatch.setattr(pretraining, "train", lambda *args, **more: original(*args, **more, save_every=0.0))
+
+
+# ---- a full disk ----
+
+class SmallDisk:
+    """In place of open(): files that can be written until `room` bytes are used; then the disk is full."""
+
+    def __init__(self, room: float) -> None:
+        self.room = room
+
+    def __call__(self, path, mode: str = "r", *args, **more):
+        file = builtins.open(path, mode, *args, **more)
+        return SmallDiskFile(file, self) if set(mode) & set("wa") else file
+
+
+class SmallDiskFile:
+    def __init__(self, file, disk: SmallDisk) -> None:
+        self.file, self.disk = file, disk
+
+    def write(self, content) -> int:
+        self.disk.room -= len(content)
+        if self.disk.room < 0:
+            self.file.write(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(content)
+
+    def __getattr__(self, name: str):
+        return getattr(self.file, name)
+
+    def __enter__(self) -> SmallDiskFile:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.file.close()
+
+
+def test_full_disk_in_a_checkpoint(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint before stays, nothing half-written stays, and with room again the run ends as if nothing had been."""
+    straight = pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "straight", CPU)
+    save_after_every_step(monkeypatch)
+    disk = SmallDisk(3e6)  # a checkpoint has about 0.9 MB
+    monkeypatch.setattr(data, "open", disk, raising=False)
+    with pytest.raises(InputError, match=r"no space left on the disk while writing .*last\.pt, which needs 0\.\d MB \(.*\): free some"):
+        pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "full", CPU)
+    folder = tmp_path / "full" / "pretrain" / straight.name
+    assert 1 <= load_checkpoint(folder)["step"] < 8 and not list(folder.glob("*.tmp"))
+    disk.room = float("inf")
+    pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "full", CPU)
+    a, b = (load_checkpoint(f)["model"] for f in (straight, folder))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_full_disk_in_a_line_of_the_log(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a half-written line leaves is cut off by the next run."""
+    save_after_every_step(monkeypatch)
+    disk = SmallDisk(500)
+    monkeypatch.setattr(pretraining, "open", disk, raising=False)
+    with pytest.raises(InputError, match=r"no space left on the disk while writing .*log\.jsonl, which needs"):
+        pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    log, step = tmp_path / "pretrain/run/log.jsonl", load_checkpoint(tmp_path / "pretrain/run")["step"]
+    assert not log.read_text(encoding="utf-8").endswith("\n") and step >= 1
+    disk.room = float("inf")
+    pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines() if "loss" in json.loads(line)]
+    assert steps == [*range(1, 9)]
+
+
+def test_full_disk_in_a_token_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "open", SmallDisk(50), raising=False)
+    with pytest.raises(InputError, match="no space left on the disk while writing .*x-.*, which needs"):
+        make_table(["a river of france"] * 100, small_tokenizer(), 16, tmp_path, "x")
+    assert not list(tmp_path.iterdir()), "a part of a table was left"
+
+
+@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+def test_full_disk_keeps_the_tokenizer_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    save_tokenizer(small_tokenizer(), tmp_path / "own.model")
+    before = files_in(tmp_path)
+
+    def full(self: Path, content: bytes) -> None:
+        with open(self, "wb") as file:
+            file.write(content[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    if where == "write_bytes":
+        monkeypatch.setattr(Path, "write_bytes", full)
+    else:
+        monkeypatch.setattr("tokenizer.os.replace", lambda a, b: full(Path(a), b"x"))
+    with pytest.raises(OSError):
+        save_tokenizer(small_tokenizer(190), tmp_path / "own.model")
+    monkeypatch.undo()
+    assert files_in(tmp_path) == before
+
+
+# ---- hostile and damaged files ----
+
+class Payload:
+    """Unpickled without care, this makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pre-training run and a fine-tuning run."""
+    folder = tmp_path_factory.mktemp("runs é")
+    pretrained = pretrain("bert-1", RECIPE, corpus, 0, folder, CPU)
+    return pretrained, tune(pretrained, corpus, folder)
+
+
+def tune(pretrained: Path, corpus: Corpus, folder: Path) -> Path:
+    tables = TaskTables.make(TASK, corpus.tokenizer, 32, folder, CPU.device)
+    return finetune(pretrained, load_pretrained(pretrained)[0], corpus.tokenizer, tables, finetuning.PRESETS["smoke"], 0, folder, CPU)
+
+
+def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: Corpus, tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Payload(mark)))
+    assert mark.exists(), "the payload is harmless, the test proves nothing"
+    mark.unlink()
+    for name, write in {"plain.pt": lambda path: path.write_bytes(pickle.dumps(Payload(mark))),
+                        "torch.pt": lambda path: torch.save({"step": 1, "model": Payload(mark), "optimizers": []}, path),
+                        "old.pt": lambda path: torch.save({"step": 1, "model": Payload(mark)}, path, _use_new_zipfile_serialization=False)}.items():
+        write(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: damaged .*delete it"):
+            load_tensors(tmp_path / name)
+    np.savez(tmp_path / "logits.npz", logits=np.array([Payload(mark)], dtype=object), labels=np.zeros(1))
+    with pytest.raises(InputError, match="logits.npz: cannot be read"):
+        run_probabilities(tmp_path)
+    table = make_table(["a river"], corpus.tokenizer, 16, tmp_path, "x")
+    folder = next(tmp_path.glob("x-*"))
+    np.save(folder / "offsets.npy", np.array([Payload(mark), 1], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="damaged token table"):
+        load_table(folder)
+    assert len(table) == 1 and not mark.exists(), "a file was executed"
+
+
+def other_version(path: Path) -> bytes:
+    if path.suffix == ".json":
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record = {"kind": record["kind"], "config": {**record["config"], "new_setting": 1}} if "config" in record else {"version": 2}
+        return json.dumps(record).encode()
+    if path.suffix == ".model":
+        return small_tokenizer(190).model
+    if path.suffix == ".npz":
+        return (path.parent / "config.json").read_bytes()
+    torch.save({**torch.load(path, weights_only=True), "model": {"other.weight": torch.zeros(2)}}, path)
+    return path.read_bytes()
+
+
+DAMAGES: dict[str, Callable[[Path], bytes]] = {
+    "empty": lambda path: b"", "cut short": lambda path: path.read_bytes()[: path.stat().st_size // 2],
+    "random bytes": lambda path: random.Random(0).randbytes(1000), "another version": other_version,
+    "a list": lambda path: b"[1, 2]", "zip alone": lambda path: b"PK\x03\x04" + bytes(100), "deep": lambda path: b"[" * 100_000}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["config.json", "results.json", "last.pt", "tokenizer.model", "logits.npz"])
+def test_damaged_files_of_a_run_are_named(runs: tuple[Path, Path], corpus: Corpus, name: str, damage: str) -> None:
+    """Whatever uses the file says which it is, and what to do; none of it is a traceback."""
+    pretrained, tuned = runs
+    uses = {"config.json": [lambda: Predictor(tuned, CPU), lambda: tune(pretrained, corpus, tuned.parent.parent)],
+            "results.json": [lambda: run_accuracy(tuned)], "last.pt": [lambda: Predictor(tuned, CPU)],
+            "tokenizer.model": [lambda: Predictor(tuned, CPU)], "logits.npz": [lambda: run_probabilities(tuned)]}[name]
+    path = tuned / name
+    valid = path.read_bytes()
+    try:
+        path.write_bytes(DAMAGES[damage](path))
+        for use in uses:
+            with pytest.raises(InputError, match=r"--fresh|[Dd]elete|train|made with|made again|name a folder") as error:
+                use()
+            assert str(tuned) in str(error.value)
+    finally:
+        path.write_bytes(valid)
+    Predictor(tuned, CPU)
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "random bytes", "another version"])
+def test_a_damaged_checkpoint_does_not_resume(runs: tuple[Path, Path], corpus: Corpus, damage: str) -> None:
+    pretrained, _ = runs
+    valid, results = (pretrained / "last.pt").read_bytes(), (pretrained / "results.json").read_bytes()
+    try:
+        (pretrained / "last.pt").write_bytes(DAMAGES[damage](pretrained / "last.pt"))
+        (pretrained / "results.json").unlink()
+        with pytest.raises(InputError, match=r"last\.pt: .*[Dd]elete"):
+            pretrain("bert-1", RECIPE, corpus, 0, pretrained.parent.parent, CPU)
+    finally:
+        (pretrained / "last.pt").write_bytes(valid)
+        (pretrained / "results.json").write_bytes(results)
+
+
+def test_a_token_table_of_another_tokenizer(tmp_path: Path) -> None:
+    make_table(["a river of france and a city of japan"] * 3, small_tokenizer(), 16, tmp_path, "x")
+    (folder,) = tmp_path.iterdir()
+    meta = read_json(folder / "meta.json")
+    for change, message in (({"vocab_size": 6}, "another tokenizer"), ({"texts": 4}, "sizes disagree"), ({"max_length": None}, "of another version")):
+        (folder / "meta.json").write_text(json.dumps({**meta, **change}), encoding="utf-8")
+        with pytest.raises(InputError, match=f"{message}.*delete that folder"):
+            load_table(folder)
+
+
+def test_a_damaged_log_is_cut_not_a_traceback(runs: tuple[Path, Path], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_after_every_step(monkeypatch)
+    monkeypatch.setattr(data, "open", SmallDisk(3e6), raising=False)
+    with pytest.raises(InputError):
+        pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    monkeypatch.undo()
+    log = tmp_path / "pretrain/run/log.jsonl"
+    log.write_bytes(log.read_bytes() + b'\xff\0{"step": 1}}\n{"loss": 1}\n[1]\n{"step": 99, "loss": 1}\n{"step": 1, "lo')
+    pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines() if "loss" in json.loads(line)]
+    assert steps == [*range(1, 9)]
+
+
+# ---- numbers that go wrong ----
+
+@pytest.mark.parametrize("steps", [1, 8, 250])
+def test_weights_that_are_not_finite_are_never_saved(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """After the first step the loss is still finite and the weights are not; nothing of that reaches the disk, not even at the end."""
+    save_after_every_step(monkeypatch)
+    recipe = dataclasses.replace(RECIPE, steps=steps, lr=1e39, warmup=0.0, clip=0.0)
+    with pytest.raises(InputError, match="lower --lr, or use --dtype fp32"):
+        pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU, name="run")
+    assert not (tmp_path / "pretrain/run/last.pt").exists() and not (tmp_path / "pretrain/run/results.json").exists()
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on the device, read with the next line of the log (here every second step), and then the run stops."""
+    save_after_every_step(monkeypatch)
+    original, calls = pretraining.F.cross_entropy, {"n": 0}
+
+    def sometimes_nan(*args, **more):
+        calls["n"] += 1
+        return original(*args, **more) * (float("nan") if calls["n"] == 6 else 1.0)
+
+    monkeypatch.setattr(pretraining.F, "cross_entropy", sometimes_nan)
+    with pytest.raises(InputError, match="the loss is nan at step 6.*lower --lr, or use --dtype fp32.*last good checkpoint is kept"):
+        pretrain("bert-1", dataclasses.replace(RECIPE, steps=200), corpus, 0, tmp_path, CPU, name="run")
+    state = load_checkpoint(tmp_path / "pretrain/run")
+    assert state["step"] == 5 and all(t.isfinite().all() for t in state["model"].values())
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")], ids=lambda e: type(e).__name__)
+def test_out_of_memory_names_the_flag_to_lower(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    save_after_every_step(monkeypatch)
+    original, calls = pretraining.mask_tokens, {"n": 0}
+
+    def exhausted(*args, **more):
+        calls["n"] += 1
+        if calls["n"] == 4:
+            raise error
+        return original(*args, **more)
+
+    monkeypatch.setattr(pretraining, "mask_tokens", exhausted)
+    with pytest.raises(InputError, match="out of memory; lower --micro-batch"):
+        pretrain("bert-1", dataclasses.replace(RECIPE, steps=200), corpus, 0, tmp_path, CPU, name="run")
+    assert load_checkpoint(tmp_path / "pretrain/run")["step"] == 3
+
+
+def test_other_errors_are_not_called_short_memory(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args, **more):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(pretraining, "mask_tokens", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU)
+
+
+def test_no_row_of_attention_is_fully_masked(runs: tuple[Path, Path], corpus: Corpus, tmp_path: Path) -> None:
+    """Every text begins with [CLS], the emptiest included, so there is always a token to attend to, and probabilities are finite."""
+    texts = ["", " ", "\u2603", "\0", "\ud800", "word " * 100]
+    table = DeviceTable(make_table(texts, corpus.tokenizer, 32, tmp_path, "x"), CPU.device)
+    assert (table.batch(np.arange(len(texts)))[:, 0] == 2).all()
+    for answer in Predictor(runs[1], CPU)(texts):
+        assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
+    empty = TokenTable(np.array([2, 3], dtype="<u2"), np.array([0, 2, 2]), {"texts": 2})
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    empty.tokens.tofile(folder / "tokens.bin")
+    np.save(folder / "offsets.npy", empty.offsets)
+    (folder / "meta.json").write_text(json.dumps({"texts": 2, "tokens": 2, "vocab_size": 9, "max_length": 8, "texts_sha256": ""}), encoding="utf-8")
+    with pytest.raises(InputError, match="sizes disagree"):  # a text of no tokens would be such a row
+        load_table(folder)
+
+
+def test_same_seed_same_bits(corpus: Corpus, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, dropout=0.1, attention_dropout=0.1, optimizer="muon")
+    a, b, other = (load_checkpoint(pretrain("bert-1", recipe, corpus, seed, tmp_path / name, CPU))["model"] for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["bert.token.weight"], other["bert.token.weight"])
