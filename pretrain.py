@@ -329,6 +329,8 @@ class Run:
         return self
 
     def open(self) -> None:
+        if rank() and not (self.folder / "config.json").exists():
+            raise InputError(f"{self.folder}: rank 0 has made it, rank {rank()} does not see it; name a --runs-dir that all machines share")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = file_lock(self.folder / "lock", wait=self.wait) if rank() == 0 else contextlib.nullcontext()
         self.lock.__enter__()

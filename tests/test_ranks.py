@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import pretrain as pretraining
-from material import write_articles
+from data import InputError
+from material import small_tokenizer, write_articles
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not shutil.which("ps"), reason="needs gloo, ps and a signal")
@@ -71,3 +72,10 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 def test_bad_input_on_several_ranks_is_one_line(tmp_path: Path) -> None:
     out, err = torchrun(2, ["--articles", str(tmp_path / "none.txt"), "--runs-dir", str(tmp_path)]).communicate(timeout=60)
     assert err.count("error: ") == 1 and "no such file" in err, err
+
+
+def test_a_runs_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "rank", lambda: 1)
+    with pytest.raises(InputError, match="--runs-dir that all machines share"), pretraining.Run(tmp_path / "r", {}, small_tokenizer()):
+        pass
+    assert not (tmp_path / "r").exists()
