@@ -283,16 +283,16 @@ def rank_0_first() -> Iterator[None]:
     """The others come when rank 0 is through, and find on the disk what it has left there."""
     if rank():
         try:
-            dist.barrier()
+            agree(0)
         except RuntimeError:  # rank 0 has ended, and said why
             sys.exit(2)
     yield
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
+    if rank() == 0:
+        agree(0)
 
 
 def agree(mine: int) -> int:
-    """The largest of all ranks' values, so that they go on and stop together."""
+    """The largest of all ranks' values, so that they go on and stop together: each waits here for all."""
     if world_size() == 1:
         return mine
     value = torch.tensor(mine)  # on the CPU: nobody waits for a GPU
@@ -340,6 +340,8 @@ class Run:
         return self
 
     def open(self) -> None:
+        if rank() and not (self.folder / "config.json").exists():
+            raise InputError(f"{self.folder}: rank 0 has made it, rank {rank()} does not see it; name a --runs-dir that all machines share")
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if rank() == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 import pretrain as pretraining
-from material import write_articles
+from data import InputError
+from material import small_tokenizer, write_articles
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or os.name != "posix", reason="needs gloo, and a signal")
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not shutil.which("ps"), reason="needs gloo, ps and a signal")
 
 
 def torchrun(processes: int, arguments: list[str]) -> subprocess.Popen:
@@ -42,8 +44,8 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 
     ranks = tmp_path / "ranks" / "pretrain" / "r"
     process = torchrun(2, arguments("ranks"))
-    while process.poll() is None and not ((ranks / "log.jsonl").exists() and len(losses(ranks)) > 3):
-        time.sleep(0.02)
+    while process.poll() is None and not ((ranks / "log.jsonl").exists() and losses(ranks)):
+        time.sleep(0.01)
     first = int((ranks / "lock").read_text(encoding="ascii"))
     family = [line.split() for line in subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True)
               .stdout.splitlines()]
@@ -70,3 +72,10 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 def test_bad_input_on_several_ranks_is_one_line(tmp_path: Path) -> None:
     out, err = torchrun(2, ["--articles", str(tmp_path / "none.txt"), "--runs-dir", str(tmp_path)]).communicate(timeout=60)
     assert err.count("error: ") == 1 and "no such file" in err, err
+
+
+def test_a_runs_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretraining, "rank", lambda: 1)
+    with pytest.raises(InputError, match="--runs-dir that all machines share"), pretraining.Run(tmp_path / "r", {}, small_tokenizer()):
+        pass
+    assert not (tmp_path / "r").exists()

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,10 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", material / "test.csv",
               "--seeds", "2", "--epochs", "2", "--plot", "--confusion")
     assert re.search(r"^  (\w+) taken for (?!\1)\w+: \d+ of 10 test rows\n {6}\w+ number 1\d{3} \w+ \1 today", out, flags=re.M), out
+    with np.load(next((material / "runs/finetune").glob("train-first-seed0-*")) / "logits.npz") as file:
+        wrong = int((file["logits"].argmax(1) != file["labels"]).sum())
+    counts = [int(n) for n in re.findall(r"taken for \w+: (\d+) of", out)]
+    assert counts == sorted(counts, reverse=True) and sum(counts) <= wrong <= sum(counts) + counts[-1]  # of 6 pairs, 5 are shown
     assert Path(re.search(r"(\S.*\.png) written", out)[1]).read_bytes().startswith(b"\x89PNG")
     assert re.search(r"train bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
     run_folder = next((material / "runs/finetune").glob("train-first-seed0-*"))

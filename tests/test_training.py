@@ -19,9 +19,9 @@ from committee import SoftCommittee
 from data import Corpus, DeviceTable, InputError, TokenTable, make_table
 from material import articles, small_tokenizer
 from model import Classifier, MaskedLM, named_config
-from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, held_out_loss, load_checkpoint,
-                      make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, schedule, show_forward_pass, start_from_counts,
-                      unigram_loss)
+from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, held_out_loss, ids_with_masks,
+                      load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, schedule,
+                      show_forward_pass, start_from_counts, unigram_loss)
 from tokenizer import CLS, FIRST_PIECE, MASK
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "test")
@@ -306,7 +306,7 @@ def test_stored_in_the_type_of_products() -> None:
 
 
 def test_show_and_plot(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    """--show prints real shapes and attention that sums to 1; --plot draws, and without matplotlib says so in one line."""
+    """--show prints real shapes and the real attention; --plot draws, and without matplotlib says so in one line."""
     recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, width=128, heads=2)
     folders = [pretrain(model, recipe, corpus, 0, tmp_path, CPU) for model in ("bert-1", "bert-1-conv2")]
     capsys.readouterr()
@@ -316,10 +316,15 @@ def test_show_and_plot(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.Monke
     for stage, shape in (("bert.stem", (1, T, 128)), ("bert.layers.0.attention.qkv", (1, T, 384)), ("bert.layers.0.mlp_in", (1, T, 512)),
                          ("dense", (1, 128)), ("logits", (1, corpus.tokenizer.vocab_size))):
         assert re.search(rf"^{re.escape(stage)} .*{re.escape(str(shape))}", out, flags=re.M), out
-    heads = re.split(r"^layer 1, head \d.*\n.*\n", out, flags=re.M)[1:]
-    rows = [[int(x) for x in line.split()[1:]] for head in heads for line in head.strip().splitlines()]
-    assert len(heads) == 2 and len(rows) == 2 * T
-    assert all(100 - 5 * T - T <= sum(row) <= 100 + T for row in rows)  # entries under 5 are left out, others rounded
+    show_forward_pass(folders[0], "the [MASK] of france")
+    heads = re.split(r"^layer 1, head \d.*\n.*\n", capsys.readouterr().out, flags=re.M)[1:]
+    model, tokenizer = load_masked_lm(folders[0])
+    x = model.bert.token(ids_with_masks("the [MASK] of france", tokenizer, model.config)) + model.bert.position.weight[:T]
+    query, key, _ = model.bert.layers[0].attention.project(model.bert.layers[0].attention_norm(x))
+    weights = (query @ key.mT / 8).softmax(-1)[0]  # (H, T, T), heads 64 wide
+    for head, expected in zip(heads, weights, strict=True):
+        for line, row in zip(head.strip("\n").splitlines(), expected, strict=True):
+            assert [line[12 + 6 * i : 18 + 6 * i].strip() for i in range(T)] == [f"{100 * w:.0f}" if w >= 0.05 else "" for w in row.tolist()]
     plot_losses(folders)
     assert (folders[0] / "loss.png").read_bytes().startswith(b"\x89PNG") and len(capsys.readouterr().out.splitlines()) == 1
     monkeypatch.setitem(sys.modules, "matplotlib", None)
