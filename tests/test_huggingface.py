@@ -391,7 +391,8 @@ def tokenizer() -> Tokenizer:
 
 def write_run(folder: Path, model: MaskedLM | Classifier, tokenizer: Tokenizer) -> Path:
     kind = "pretrain" if isinstance(model, MaskedLM) else "finetune"
-    settings = {"kind": kind, "model": "bert-1", "config": dataclasses.asdict(model.config), "seed": 0, "classes": CLASSES}
+    settings = {"kind": kind, "model": "bert-1", "config": dataclasses.asdict(model.config), "seed": 0, "classes": CLASSES,
+                "tokenizer": tokenizer.hash}
     with pretrain.Run(folder, settings, tokenizer) as run:
         run.save(1, model, [])
     return folder

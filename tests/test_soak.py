@@ -88,7 +88,7 @@ def strike(way: Way, stage: str, fault: str, rng: random.Random) -> str:
         way.server.behaviours["/wiki.jsonl.gz"] = [fault.removeprefix("server: ")]
         return f"status {way.run(stage)}"
     if fault == "file size limit":
-        most = 3_000 if stage == "download" else 30_000
+        most = 3_000 if stage == "download" else 30_000  # bytes; a checkpoint has more
         return f"status {way.run(stage, preexec_fn=lambda: limit_file_size(most))}"
     if fault == "damaged file":
         way.run(stage)
