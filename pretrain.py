@@ -139,7 +139,8 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
               "lr": (0, 1e3), "matrix_lr": (0, 1e3), "token_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3),
               "clip": (0, 1e9), "heads": (0, 1024), "time_budget": (0, 1e5),
-              "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10), "width": (64, 16384),
+              "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
+              "width": (64, 16384),
               "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
@@ -370,7 +371,7 @@ def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:
     """The tokenizer of a run folder; no other fits its model."""
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if tokenizer.hash != load_settings(folder, kind)["tokenizer"]:
-        raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer this run was made with; put that one back, or train the run anew")
+        raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer this run was made with; put that one back, or train anew")
     return tokenizer
 
 
@@ -502,8 +503,9 @@ def short_memory_named(folder: Path) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # of the first, one kind a device
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        raise InputError(f"{folder}: out of memory; lower --micro-batch (a part of the batch at a time, the same gradient; for fine-tuning in "
-                         "committee.py --ft-micro-batch), else --max-length or --width; fewer --jobs. The last checkpoint is kept") from None
+        raise InputError(f"{folder}: out of memory; lower --micro-batch (a part of the batch at a time, the same gradient; "
+                         "for fine-tuning in committee.py --ft-micro-batch), else --max-length, --width or --jobs. "
+                         "The last checkpoint is kept") from None
 
 
 def all_finite(model: nn.Module) -> bool:
