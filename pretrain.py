@@ -458,7 +458,7 @@ def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:
     """The tokenizer of a run folder; no other fits its model."""
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
     if tokenizer.hash != load_settings(folder, kind)["tokenizer"]:
-        raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer of this run; put that one back, or train the run anew")
+        raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer this run was made with; put that one back, or train anew")
     return tokenizer
 
 
@@ -594,8 +594,9 @@ def short_memory_named(folder: Path) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:  # of the first, one kind a device
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        raise InputError(f"{folder}: out of memory; lower --micro-batch (a part of the batch at a time, the same gradient; for fine-tuning "
-                         "in committee.py --ft-micro-batch), --max-length, --width or --jobs. The last checkpoint is kept") from None
+        raise InputError(f"{folder}: out of memory; lower --micro-batch (a part of the batch at a time, the same gradient; "
+                         "for fine-tuning in committee.py --ft-micro-batch), else --max-length, --width or --jobs. "
+                         "The last checkpoint is kept") from None
 
 
 def all_finite(model: nn.Module) -> bool:

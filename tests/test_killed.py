@@ -82,11 +82,10 @@ class Job:
 
     def kill(self, moment: str, rng: random.Random) -> None:
         """Start it and kill it with SIGKILL: inside the first write of a checkpoint, or at a random moment."""
-        process = self.start(seconds_a_write=0.0005)
+        old, process = set(self.half_written()), self.start(seconds_a_write=0.0005)
         if moment == "random moment":
             time.sleep(rng.uniform(0, 5))
         else:
-            old = set(self.half_written())
             while process.poll() is None and not set(self.half_written()) - old:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.1))
@@ -108,7 +107,7 @@ class Job:
         else:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=60)
-            if self.half_written():
+            if set(self.half_written()) - old:
                 moment = f"{moment}, half a checkpoint left"
         self.killed[moment] = self.killed.get(moment, 0) + 1
 
