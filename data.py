@@ -972,7 +972,7 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
     training rows, and the real test rows stay unseen: that is where choices are made."""
     names, tasks = args.task or ([] if args.task_file else ["topics"]), []
     for name in ("train_per_class", "test_per_class", "min_class_size", "articles_count"):
-        if (getattr(args, name) or 0) < 0:
+        if (getattr(args, name, 0) or 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: a number from 0 up is needed")
     if args.prepared:  # their rows were drawn when the folder was made
         for name in ("articles", "wiki", "tokenizer", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
