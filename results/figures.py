@@ -247,12 +247,15 @@ def speed(cells: dict[str, Cell]) -> str:
         rows = []
         for r in record["rows"]:
             limit = f" ({100 * r['share_of_limit']:.0f} % of the machine's limit)" if "share_of_limit" in r else ""
-            theirs = "" if r.get("reference_is") else f"{r['reference']:,.4g}"
+            ours, theirs = (f"{r[side]:,.0f}" if r[side] >= 1_000 else f"{r[side]:.3g}" for side in ("ours", "reference"))
             aim = f"{r['reference']:.3g} {r['unit']}" if r.get("reference_is") else f"{r['target']:.1f}"
             ratio = "" if r.get("reference_is") else f"{r['ratio']:.1f}"
-            rows.append([r["name"].strip(), f"{r['ours']:,.4g}{limit}", theirs, r["unit"], ratio, aim + ("" if r["met"] else ", not met")])
+            theirs = "" if r.get("reference_is") else theirs
+            rows.append([r["name"].strip(), ours + limit, theirs, r["unit"], ratio, aim + ("" if r["met"] else ", not met")])
         machine = record["machine"]
-        texts.append(f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores; {record['hardware']}; `{record['command']}`\n\n"
+        given = record["settings"]
+        texts.append(f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores; {record['hardware']}; texts of {given['task']}, "
+                     f"a vocabulary of {given['vocab_size']:,}, {'few' if given['quick'] else 'many'} repetitions:\n\n"
                      + table(["", "ours", "the authors' way", "unit", "times faster", "aim"], rows))
     return "\n\n".join(texts) or MISSING
 

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 import reference_recipe as theirs  # noqa: E402
-from data import TokenTable, make_table  # noqa: E402
+from data import InputError, TokenTable, make_table  # noqa: E402
 from material import articles, small_tokenizer  # noqa: E402
 from model import MaskedLM, named_config  # noqa: E402
 from tokenizer import CLS, MASK  # noqa: E402
@@ -65,7 +65,7 @@ def test_masking_and_its_fault() -> None:
 def test_the_leaky_stem_runs_in_their_encoder(table: TokenTable) -> None:
     reference = replace(SMALL, conv_channels=4, conv_kernels=(3, 3), fault_stem=True, epochs=1)
     assert theirs.evaluate(theirs.train(reference, table, 0), table, 200)["held_out_loss"] > 0
-    with pytest.raises(ValueError, match="--fault-stem"):
+    with pytest.raises(InputError, match="--fault-stem"):
         theirs.build(replace(reference, fault_stem=False))
 
 
