@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -36,9 +35,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, TaskTables, add_predict_flags, answer, difference, finetune,
-                      gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy, run_probabilities, twin_seed,
-                      unit_values, votes)
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, difference,
+                      finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy, run_probabilities,
+                      twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record,
@@ -253,6 +252,45 @@ def describe_votes(deep: Sequence[Path], groups: Sequence[Sequence[Path]]) -> di
     return {name: float(np.mean(x)) for name, x in values.items() if x}
 
 
+KINDS = ("pretrained", "scratch")
+Right = dict[str, list[list[list[np.ndarray]]]]  # kind -> right (1) or wrong (0) by row, of [repeat][fine-tuning seed][the first K members]
+
+
+def table_rows(models: dict[str, dict[str, list[float]]], right: Right, args: argparse.Namespace) -> list[Row]:
+    """(label, accuracies pre-trained, accuracies from scratch) of each model and each size of committee; an accuracy for each of what
+    the interval is taken over."""
+    rows: list[Row] = []
+    for model, values in models.items():
+        label = model + (f", mean of {len(values['pretrained'])}" if model != args.deep else "")
+        pretrained, scratch = (unit_values([values[kind][i : i + args.seeds] for i in range(0, len(values[kind]), args.seeds)])
+                               for kind in KINDS)
+        rows.append((label, pretrained, scratch))
+    for k in range(2, args.members + 1):
+        pretrained, scratch = (unit_values([[float(seed[k - 1].mean()) for seed in repeat] for repeat in right[kind]]) for kind in KINDS)
+        rows.append((f"committee of {k} {'+'.join(args.member_model)}", pretrained, scratch))
+    return rows
+
+
+def print_table(task: Task, rows: list[Row], deep: str) -> None:
+    print(f"\n{task.name}: {len(task.classes)} classes, {len(task.train) // len(task.classes)} training rows each, "
+          f"{len(task.test)} test rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\n"
+          "or over fine-tuning seeds where there is one pre-training seed)")
+    print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
+    deep_accuracy = {label: np.mean(pretrained) for label, pretrained, _ in rows}.get(deep)
+    for label, pretrained, scratch in rows:
+        note = f"{100 * np.mean(pretrained) / deep_accuracy:.1f} % of {deep}" if deep_accuracy and label.startswith("committee") else ""
+        gap = 100 * (np.mean(pretrained) - np.mean(scratch))
+        print(f"{label:34}{points(pretrained):>16}{points(scratch):>16}{gap:>+8.1f}  {note}".rstrip())
+
+
+def contenders(deep: Sequence[Path], members: Sequence[Path], args: argparse.Namespace, hardware: Hardware) -> dict[str, Callable]:
+    """Who is timed: the deep model (if there is one), the slowest member, and the committee. deep, members: fine-tuned runs."""
+    classifiers = [hardware.for_inference(load_classifier(member)) for member in members]
+    slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
+    return {**{args.deep: hardware.for_inference(load_classifier(folder)) for folder in deep[:1]},
+            "member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
+
+
 def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe,
                args: argparse.Namespace, hardware: Hardware) -> tuple[dict, dict]:
     """Fine-tune every model and its twin on a task, vote, time, print the table.
@@ -260,76 +298,55 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat.
     Returns (the task's part of results.json, latencies).
     """
-    def runs(checkpoints: Sequence[Path], kind: str) -> list[list[Path]]:
-        return [finetune_unit(c, kind == "pretrained", tokenizer, tables, recipe, args, hardware) for c in checkpoints]
-
     tables = TaskTables.make(task, tokenizer, config_of(member_runs[0][0]).max_length, args.runs_dir, hardware.device)
-    deep = {kind: runs(deep_runs, kind) for kind in ("pretrained", "scratch")}
-    shallow = {kind: [runs(group, kind) for group in member_runs] for kind in ("pretrained", "scratch")}
-
-    def committees(kind: str) -> list[list[list[np.ndarray]]]:
-        """Right or wrong, by row, of 1, 2, ... K members: [repeat][fine-tuning seed][K]."""
-        return [[votes([member[j] for member in group]) for j in range(args.seeds)] for group in shallow[kind]]
-
+    deep: dict[str, list[list[Path]]] = {}  # kind -> fine-tuned runs, [repeat][fine-tuning seed]
+    groups: dict[str, list[list[list[Path]]]] = {}  # [repeat][member][fine-tuning seed]
+    members: dict[str, list[list[Path]]] = {}  # the same, [member of any repeat][fine-tuning seed]
     models: dict[str, dict[str, list[float]]] = {}
-    for kind in ("pretrained", "scratch"):
-        for checkpoints, folders in [(deep_runs, deep[kind]), *zip(member_runs, shallow[kind])]:
-            for checkpoint, unit in zip(checkpoints, folders):
-                models.setdefault(model_of(checkpoint), {}).setdefault(kind, []).extend(map(run_accuracy, unit))
+    for kind in KINDS:
+        deep[kind], *groups[kind] = [[finetune_unit(run, kind == "pretrained", tokenizer, tables, recipe, args, hardware) for run in runs]
+                                     for runs in (deep_runs, *member_runs)]
+        members[kind] = sum(groups[kind], [])
+        for checkpoint, unit in zip([*deep_runs, *sum(member_runs, [])], deep[kind] + members[kind]):
+            models.setdefault(model_of(checkpoint), {}).setdefault(kind, []).extend(map(run_accuracy, unit))
+    right: Right = {kind: [[votes([member[j] for member in group]) for j in range(args.seeds)] for group in groups[kind]] for kind in KINDS}
     name = "+".join(args.member_model)
-    right = {kind: committees(kind) for kind in ("pretrained", "scratch")}
-    prefixes = {kind: [[float(k.mean()) for k in seed] for repeat in right[kind] for seed in repeat] for kind in right}
 
-    print(f"\n{task.name}: {len(task.classes)} classes, {len(task.train) // len(task.classes)} training rows each, "
-          f"{len(task.test)} test rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\n"
-          "or over fine-tuning seeds where there is one pre-training seed)")
-    print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
-
-    table: list[tuple[str, list[float], list[float]]] = []
-
-    def row(label: str, pretrained: Sequence[float], scratch: Sequence[float], note: str = "") -> None:
-        table.append((label, list(pretrained), list(scratch)))
-        gap = 100 * (np.mean(pretrained) - np.mean(scratch))
-        print(f"{label:34}{points(pretrained):>16}{points(scratch):>16}{gap:>+8.1f}  {note}".rstrip())
-
-    deep_mean = float(np.mean(models[args.deep]["pretrained"])) if deep_runs else math.nan
-    for model, values in models.items():
-        units = [unit_values([x[i : i + args.seeds] for i in range(0, len(x), args.seeds)]) for x in values.values()]
-        row(model + (f", mean of {len(values['pretrained'])}" if model != args.deep else ""), units[0], units[1])
-    for k in range(2, args.members + 1):
-        units = [unit_values([[float(seed[k - 1].mean()) for seed in repeat] for repeat in right[kind]]) for kind in right]
-        note = f"{100 * np.mean(units[0]) / deep_mean:.1f} % of {args.deep}" if deep_runs else ""
-        row(f"committee of {k} {name}", units[0], units[1], note)
+    rows = table_rows(models, right, args)
+    print_table(task, rows, args.deep)
+    result: dict[str, object] = {}
     if deep_runs:
         deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
-        against_deep = difference([[c[-1] for c in r] for r in right["pretrained"]], deep_right)
+        against_deep = difference([[c[-1] for c in repeat] for repeat in right["pretrained"]], deep_right)
         print(in_words(f"committee of {args.members} against {args.deep}:", against_deep))
-        print(gap_sentence(args.deep, deep["pretrained"], deep["scratch"]))
-    print(gap_sentence(name, *([unit for group in shallow[kind] for unit in group] for kind in ("pretrained", "scratch"))))
-    converged = {kind: max(read_json(f / "results.json", "train_loss")["train_loss"] for unit in units for f in unit) for kind, units in
-                 (("pretrained", deep["pretrained"] + [u for g in shallow["pretrained"] for u in g]),
-                  ("scratch", deep["scratch"] + [u for g in shallow["scratch"] for u in g]))}
-    print(f"largest last training loss: pre-trained {converged['pretrained']:.3f}, from scratch {converged['scratch']:.3f}")
-
-    quality = describe_votes([f for unit in deep["pretrained"] for f in unit],
-                             [[member[j] for member in group] for group in shallow["pretrained"] for j in range(args.seeds)])
+        print(gap_sentence(args.deep, *deep.values()))
+        result["against_deep"] = against_deep
+    print(gap_sentence(name, *members.values()))
+    last_loss = {kind: max(read_json(f / "results.json", "train_loss")["train_loss"] for f in sum(deep[kind] + members[kind], []))
+                 for kind in KINDS}
+    print(f"largest last training loss: pre-trained {last_loss['pretrained']:.3f}, from scratch {last_loss['scratch']:.3f}")
+    quality = describe_votes(sum(deep["pretrained"], []),
+                             [[member[j] for member in group] for group in groups["pretrained"] for j in range(args.seeds)])
     print("expected calibration error: " + ", ".join(f"{n} {v:.3f}" for n, v in quality.items() if n != "agreement")
           + (f"; two members agree on {100 * quality['agreement']:.0f} % of the rows" if args.members > 1 else ""))
 
-    classifiers = [hardware.for_inference(load_classifier(unit[0])) for unit in shallow["pretrained"][0]]
-    slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    contenders: dict[str, Callable] = {}
-    if deep_runs:
-        contenders[args.deep] = hardware.for_inference(load_classifier(deep["pretrained"][0][0]))
-    contenders |= {"member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
-    latency = measure_latency(contenders, tables, hardware)
-    tokens = int(np.median(tables.test.lengths))
-    return {"models": models, "tokens": tokens,
-            "committee": {name: prefixes["pretrained"]}, "committee_scratch": {name: prefixes["scratch"]},
-            "table": table,
-            "classes": len(task.classes), "train_rows": len(task.train), "test_rows": len(task.test), "note": task.note,
-            "voters": [unit[0].name for unit in shallow["pretrained"][0]],
-            "train_loss": converged, "quality": quality, **({"against_deep": against_deep} if deep_runs else {})}, latency
+    first = [unit[0] for unit in groups["pretrained"][0]]  # the committee that is timed, and kept for --predict
+    latency = measure_latency(contenders([unit[0] for unit in deep["pretrained"]], first, args, hardware), tables, hardware)
+    curves = {kind: [[float(k.mean()) for k in seed] for repeat in right[kind] for seed in repeat] for kind in KINDS}
+    return {"models": models, "committee": {name: curves["pretrained"]}, "committee_scratch": {name: curves["scratch"]}, "table": rows,
+            "tokens": int(np.median(tables.test.lengths)), "classes": len(task.classes), "train_rows": len(task.train),
+            "test_rows": len(task.test), "note": task.note, "voters": [folder.name for folder in first], "train_loss": last_loss,
+            "quality": quality, **result}, latency
+
+
+def print_prices(latency: dict[str, dict[str, float]], prices: dict[str, dict[str, float]], task: str, tokens: int) -> None:
+    print(f"\n{'latency, one text of ' + task:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}"
+          f"{'M operations':>14}")
+    for model, t in latency.items():
+        spread = f"{t['p10']:.2f}-{t['p90']:.2f}"
+        print(f"{model:34}{t['median']:10.2f}{spread:>16}{t['texts_per_s']:13.0f}{prices[model]['parameters'] / 1e6:14.2f}"
+              f"{prices[model]['operations'] / 1e6:14.1f}")
+    print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
 
 
 def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware) -> Predictor:
@@ -364,8 +381,8 @@ def main() -> None:
     add_predict_flags(parser)
     add_run_flags(parser)
     add_source_flags(parser)
-    add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training (values of the presets in brackets)")
-    add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning (values of the presets in brackets)", prefix="ft-")
+    add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training")
+    add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning", prefix="ft-")
     args = parser.parse_args()
     if args.predict is not None or args.predict_file:
         if not args.run:
@@ -405,13 +422,7 @@ def main() -> None:
     prices = {args.deep: price(config_of(run), tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
     prices["member"] = max(all_members, key=lambda p: p["operations"])
     prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
-    print(f"\n{'latency, one text of ' + tasks[0].name:34}{'median ms':>10}{'10-90 %':>16}{'texts/s, 64':>13}{'M parameters':>14}"
-          f"{'M operations':>14}")
-    for model, t in latency.items():
-        spread = f"{t['p10']:.2f}-{t['p90']:.2f}"
-        print(f"{model:34}{t['median']:10.2f}{spread:>16}{t['texts_per_s']:13.0f}{prices[model]['parameters'] / 1e6:14.2f}"
-              f"{prices[model]['operations'] / 1e6:14.1f}")
-    print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
+    print_prices(latency, prices, tasks[0].name, tokens)
     seconds = time.perf_counter() - started
     settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir", "run", "plot")}
     settings = json.loads(json.dumps(settings, default=str))  # paths, and lists of them

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 
 from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
-from pretrain import (Batches, Hardware, Optimisation, PRESETS as PRETRAIN_PRESETS, Run, add_recipe_flags, add_run_flags,
-                      choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, load_checkpoint, load_pretrained,
-                      load_settings, load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting,
-                      settings_hash, short_memory_named, tokenizer_of, train, write_json)
+from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_recipe_flags, add_run_flags,
+                      choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, load_checkpoint, load_settings,
+                      load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting, settings_hash,
+                      short_memory_named, tokenizer_of, train, write_json)
 from tokenizer import Parser, Tokenizer
 
 
@@ -42,8 +42,8 @@ from tokenizer import Parser, Tokenizer
 class FinetuneRecipe(Optimisation):
     """Everything that decides what a fine-tuning run computes, but for initialisation, task and seed."""
 
-    min_steps: int = setting(0, "at least so many steps, however few the rows: more passes are made")
-    pooling: str = setting("cls", "what the classifier reads: cls, the first token, or the mean of the tokens")
+    min_steps: int = setting(0, LENGTH, "at least so many steps, however few the rows: more passes are made")
+    pooling: str = setting("cls", SHAPE, "what the classifier reads: cls, the first token, or the mean of the tokens")
 
 
 PRESETS = {
@@ -253,8 +253,11 @@ def show_confusion(folder: Path, task: Task, top: int = 5) -> None:
             print(f"      {' '.join(task.test[int(i)][0].split())[:100]}")
 
 
-def plot_accuracies(tables: dict[str, list[tuple[str, list[float], list[float]]]], path: Path) -> None:
-    """Draw a panel for each task: of each model (label, accuracies pre-trained, accuracies from scratch) the mean and its interval."""
+Row = tuple[str, list[float], list[float]]  # of a table: label, accuracies pre-trained, accuracies from scratch
+
+
+def plot_accuracies(tables: dict[str, list[Row]], path: Path) -> None:
+    """Draw a panel for each task: each row's means and their intervals."""
     if not (plt := pyplot()):
         return
     longest = max(map(len, tables.values()))
@@ -340,6 +343,42 @@ def answer(args: argparse.Namespace, predictor: Predictor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- command line
+Start = tuple[Path | None, BertConfig, Tokenizer]  # a pre-training run or None (from scratch), and what the model is built from
+
+
+def starting_points(args: argparse.Namespace, tasks: list[Task]) -> dict[str, list[Start]]:
+    """What is fine-tuned: the runs of --checkpoint by label (those that differ in their seeds alone are one row of the table), or,
+    where there are none, --model from scratch."""
+    starts: dict[str, list[Start]] = {}
+    for checkpoint in args.checkpoint:
+        settings = load_settings(checkpoint, "pretrain")
+        label = f"{settings['model']}-{settings_hash({k: v for k, v in settings.items() if k != 'seed'})[:4]}"
+        starts.setdefault(label, []).append((checkpoint, config_of(checkpoint), tokenizer_of(checkpoint)))
+    if starts:
+        return starts
+    preset = PRETRAIN_PRESETS[args.preset]
+    tokenizer = load_corpus(args, tasks, preset.vocab_size, preset.max_length).tokenizer
+    try:
+        config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads, vocab_size=tokenizer.vocab_size,
+                              max_length=preset.max_length, norm=preset.norm)
+    except ValueError as error:
+        raise InputError(f"--width: {error}") from None
+    return {args.model: [(None, config, tokenizer)]}
+
+
+def finetune_twins(task: Task, label: str, starts: list[Start], recipe: FinetuneRecipe, args: argparse.Namespace,
+                   hardware: Hardware) -> dict[str, list[list[Path]]]:
+    """Fine-tune each start, and with --scratch its twin: finished runs of "pre-trained" and "from scratch", [start][fine-tuning seed]."""
+    runs: dict[str, list[list[Path]]] = {}
+    for checkpoint, config, tokenizer in starts:
+        tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
+        for start in dict.fromkeys([checkpoint, None] if args.scratch else [checkpoint]):
+            runs.setdefault("pre-trained" if start else "from scratch", []).append([
+                finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir, hardware,
+                         fresh=args.fresh, compiled=args.compile, label=label) for j in range(args.seeds)])
+    return runs
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="with --predict or --export: a finished run under runs/finetune/")
@@ -355,7 +394,7 @@ def main() -> None:
     add_predict_flags(parser)
     add_run_flags(parser)
     add_source_flags(parser)
-    add_recipe_flags(parser, FinetuneRecipe, PRESETS, "recipe (values of the presets in brackets)")
+    add_recipe_flags(parser, FinetuneRecipe, PRESETS, "recipe")
     args = parser.parse_args()
     hardware = choose_hardware(args.device, args.dtype)
     if args.predict is not None or args.predict_file:
@@ -375,46 +414,25 @@ def main() -> None:
     print(hardware.reason, flush=True)
     args.checkpoint = [import_checkpoint(checkpoint, args.tokenizer, args.runs_dir) for checkpoint in args.checkpoint]
     tasks = load_tasks(args)
-    starts: dict[str, list[Path | None]] = {}  # model -> pre-training runs, which differ in their seeds
-    for checkpoint in args.checkpoint:
-        settings = load_settings(checkpoint, "pretrain")  # runs that differ in their seeds alone are one row of the table
-        label = f"{settings['model']}-{settings_hash({k: v for k, v in settings.items() if k != 'seed'})[:4]}"
-        starts.setdefault(label, []).append(checkpoint)
-    if not starts:
-        preset = PRETRAIN_PRESETS[args.preset]
-        tokenizer = load_corpus(args, tasks, preset.vocab_size, preset.max_length).tokenizer
-        try:
-            config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads,
-                                  vocab_size=tokenizer.vocab_size,
-                                  max_length=preset.max_length, norm=preset.norm)
-        except ValueError as error:
-            raise InputError(f"--width: {error}") from None
-        starts[args.model] = [None]
-    record: dict[str, dict] = {}
-    drawn: dict[str, list[tuple[str, list[float], list[float]]]] = {}
+    starts = starting_points(args, tasks)
     started = time.perf_counter()
+    record: dict[str, dict] = {}
+    drawn: dict[str, list[Row]] = {}
     for task in tasks:
-        for label, checkpoints in starts.items():
-            runs: dict[str, list[list[Path]]] = {}
-            for checkpoint in checkpoints:
-                if checkpoint:
-                    config, _, tokenizer = load_pretrained(checkpoint)
-                tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
-                for start in dict.fromkeys([checkpoint, None] if args.scratch else [checkpoint]):
-                    runs.setdefault("pre-trained" if start else "from scratch", []).append([
-                        finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir, hardware,
-                                 fresh=args.fresh, compiled=args.compile, label=label) for j in range(args.seeds)])
+        record[task.name] = {"models": {}, "committee": {}}
+        for label, group in starts.items():
+            runs = finetune_twins(task, label, group, recipe, args, hardware)
+            values = {kind: [list(map(run_accuracy, unit)) for unit in units] for kind, units in runs.items()}
             for kind, units in runs.items():
                 losses = [read_json(f / "results.json", "train_loss")["train_loss"] for unit in units for f in unit]
-                values = [list(map(run_accuracy, unit)) for unit in units]
-                record.setdefault(task.name, {"models": {}, "committee": {}})["models"].setdefault(label, {})[
-                    "pretrained" if kind == "pre-trained" else "scratch"] = [x for unit in values for x in unit]
-                print(f"{task.name} {label} {kind}: accuracy {points(unit_values(values))} %, "
+                print(f"{task.name} {label} {kind}: accuracy {points(unit_values(values[kind]))} %, "
                       f"last training loss {np.mean(losses):.3f}; {units[-1][-1]}")
+            record[task.name]["models"][label] = {{"pre-trained": "pretrained", "from scratch": "scratch"}[kind]: sum(units, [])
+                                                  for kind, units in values.items()}
+            pretrained, scratch = (unit_values(values[kind]) if kind in values else [] for kind in ("pre-trained", "from scratch"))
+            drawn.setdefault(task.name, []).append((label, pretrained, scratch))
             if args.confusion:
                 show_confusion(next(iter(runs.values()))[0][0], task)
-            bars = {kind: unit_values([list(map(run_accuracy, unit)) for unit in units]) for kind, units in runs.items()}
-            drawn.setdefault(task.name, []).append((label, bars.get("pre-trained", []), bars.get("from scratch", [])))
             if len(runs) == 2:
                 print(gap_sentence(f"{task.name} {label}", *runs.values()))
     settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir", "confusion", "plot")}

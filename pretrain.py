@@ -59,55 +59,61 @@ from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer, hugging_fa
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
-def setting(default, text: str):
-    """A recipe's field, with the help text of its flag."""
-    return field(default=default, metadata={"help": text})
+def setting(default, group: str, text: str):
+    """A recipe's field, with the help text of its flag and the group in which the help page shows it."""
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+# groups of the help page
+LENGTH, BATCHES, OPTIMIZER, SHAPE = "how long", "batches", "optimizer", "model"
+START, TOKENS, FAULTS = "initial weights", "tokens and masks", "the authors' faults, to repeat them"
 
 
 @dataclass(frozen=True)
 class Optimisation:
     """What pre-training and fine-tuning have in common. The defaults are the authors' values."""
 
-    epochs: int = setting(50, "passes over the training texts")
-    steps: int = setting(0, "optimizer steps; 0: as many as --epochs make")
-    time_budget: float = setting(0.0, "minutes of training instead of --steps and --epochs, with a learning rate that falls to 0 by then; "
-                                 "0: no limit. A run of this kind cannot be repeated bit by bit")
-    batch_size: int = setting(32, "texts a step")
-    micro_batch: int = setting(0, "texts at once, if a whole batch does not fit the memory (0: the batch); the same gradient, but for "
-                               "dropout and a stem's batch statistics")
-    like_length: bool = setting(False, "texts of like length share a batch: less padding, but batches are less random")
-    optimizer: str = setting("adamw", "adamw, or muon: Muon for the layers' matrices and AdamW for the rest")
-    lr: float = setting(5e-5, "peak learning rate of AdamW")
-    token_lr: float = setting(1.0, "the token embeddings' learning rate, relative to --lr (fine-tuning from scratch: always 1)")
-    position_lr: float = setting(1.0, "the position table's learning rate, relative to --lr (fine-tuning from scratch: always 1)")
-    matrix_lr: float = setting(0.02, "peak learning rate of Muon")
-    beta2: float = setting(0.999, "AdamW's second decay rate")
-    weight_decay: float = setting(0.01, "decoupled weight decay")
-    decay_all: bool = setting(True, "decay LayerNorms and biases too, as the authors do")
-    clip: float = setting(0.0, "largest norm of the gradient; 0: no clipping")
-    warmup: float = setting(0.0, "share of the steps in which the learning rate rises from 0, before it falls to 0")
-    dropout: float = setting(0.1, "dropout of embeddings and blocks")
-    attention_dropout: float = setting(0.1, "dropout of attention weights")
-    fault_schedule: bool = setting(False, "the authors' schedule: a step an epoch, the first epoch at learning rate 0")
+    epochs: int = setting(50, LENGTH, "passes over the training texts")
+    steps: int = setting(0, LENGTH, "optimizer steps; 0: as many as --epochs make")
+    time_budget: float = setting(0.0, LENGTH, "minutes of training instead of --steps and --epochs, with a learning rate that falls to 0 "
+                                 "by then; 0: no limit. A run of this kind cannot be repeated bit by bit")
+    batch_size: int = setting(32, BATCHES, "texts a step")
+    micro_batch: int = setting(0, BATCHES, "texts at once, if a whole batch does not fit the memory (0: the batch); the same gradient, but "
+                               "for dropout and a stem's batch statistics")
+    like_length: bool = setting(False, BATCHES, "texts of like length share a batch: less padding, but batches are less random")
+    optimizer: str = setting("adamw", OPTIMIZER, "adamw, or muon: Muon for the layers' matrices and AdamW for the rest")
+    lr: float = setting(5e-5, OPTIMIZER, "peak learning rate of AdamW")
+    token_lr: float = setting(1.0, OPTIMIZER, "the token embeddings' learning rate, relative to --lr (fine-tuning from scratch: always 1)")
+    position_lr: float = setting(1.0, OPTIMIZER, "the position table's learning rate, relative to --lr (fine-tuning from scratch: "
+                                 "always 1)")
+    matrix_lr: float = setting(0.02, OPTIMIZER, "peak learning rate of Muon")
+    beta2: float = setting(0.999, OPTIMIZER, "AdamW's second decay rate")
+    weight_decay: float = setting(0.01, OPTIMIZER, "decoupled weight decay")
+    decay_all: bool = setting(True, OPTIMIZER, "decay LayerNorms and biases too, as the authors do")
+    clip: float = setting(0.0, OPTIMIZER, "largest norm of the gradient; 0: no clipping")
+    warmup: float = setting(0.0, OPTIMIZER, "share of the steps in which the learning rate rises from 0, before it falls to 0")
+    dropout: float = setting(0.1, SHAPE, "dropout of embeddings and blocks")
+    attention_dropout: float = setting(0.1, SHAPE, "dropout of attention weights")
+    fault_schedule: bool = setting(False, FAULTS, "the authors' schedule: a step an epoch, the first epoch at learning rate 0")
 
 
 @dataclass(frozen=True)
 class PretrainRecipe(Optimisation):
     """Everything that decides what a pre-training run computes, but for model, text and seed."""
 
-    width: int = setting(768, "width of the base model, a multiple of 64")
-    heads: int = setting(0, "attention heads at that width; 0: one for each 64")
-    norm: str = setting("post", "LayerNorm post (BERT) or pre (inside the residual branch)")
-    init_std: float = setting(0.02, "standard deviation of the initial weights")
-    local_start: float = setting(0.0, "above 0: heads begin by looking at neighbouring tokens, this sharply")
-    count_start: float = setting(0.0, "above 0: token embeddings begin as what counting pairs of tokens tells, with this "
+    width: int = setting(768, SHAPE, "width of the base model, a multiple of 64")
+    heads: int = setting(0, SHAPE, "attention heads at that width; 0: one for each 64")
+    norm: str = setting("post", SHAPE, "LayerNorm post (BERT) or pre (inside the residual branch)")
+    init_std: float = setting(0.02, START, "standard deviation of the initial weights")
+    local_start: float = setting(0.0, START, "above 0: heads begin by looking at neighbouring tokens, this sharply")
+    count_start: float = setting(0.0, START, "above 0: token embeddings begin as what counting pairs of tokens tells, with this "
                                  "standard deviation")
-    vocab_size: int = setting(30_522, "pieces of a newly trained tokenizer")
-    max_length: int = setting(128, "tokens of a text")
-    mask_rate: float = setting(0.15, "share of the tokens to predict in training (evaluation: always 0.15)")
-    fault_special: bool = setting(False, "authors' fault: random replacements may be special tokens")
-    fault_stem: bool = setting(False, "authors' fault: padding leaks through the convolutional stem")
-    fault_ids: bool = setting(False, "authors' fault: [CLS] stands where [PAD] should, so its embedding is frozen at 0")
+    vocab_size: int = setting(30_522, TOKENS, "pieces of a newly trained tokenizer")
+    max_length: int = setting(128, TOKENS, "tokens of a text")
+    mask_rate: float = setting(0.15, TOKENS, "share of the tokens to predict in training (evaluation: always 0.15)")
+    fault_special: bool = setting(False, FAULTS, "authors' fault: random replacements may be special tokens")
+    fault_stem: bool = setting(False, FAULTS, "authors' fault: padding leaks through the convolutional stem")
+    fault_ids: bool = setting(False, FAULTS, "authors' fault: [CLS] stands where [PAD] should, so its embedding is frozen at 0")
 
 
 PRESETS = {
@@ -123,13 +129,14 @@ PRESETS = {
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type, presets: dict, title: str, prefix: str = "") -> None:
-    """A flag for every field of a recipe; its help tells the presets' values."""
-    group = parser.add_argument_group(title)
+    """A flag for every field of a recipe, in groups; its help tells the presets' values."""
+    groups = {name: parser.add_argument_group(f"{title}: {name}") for name in
+              dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(recipe))}
     for f in dataclasses.fields(recipe):
         values = ", ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
         kind: dict[str, Any] = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
-        kind |= {"metavar": f.name.upper()} if "type" in kind else {}
-        group.add_argument(f"--{prefix}{f.name.replace('_', '-')}", dest=prefix + f.name, default=None,
+        kind |= {"metavar": {int: "N", float: "X", str: "NAME"}[kind["type"]]} if "type" in kind else {}
+        groups[f.metadata["group"]].add_argument(f"--{prefix}{f.name.replace('_', '-')}", dest=prefix + f.name, default=None,
                            help=f"{f.metadata['help']} ({values})", **kind)
 
 
@@ -599,6 +606,21 @@ def short_memory_named(folder: Path) -> Iterator[None]:
                          "The last checkpoint is kept") from None
 
 
+def update_weights(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler, clip: float) -> None:
+    """One step of the optimizers with the gradients that are there (clip: their largest norm, 0 for any); none are left."""
+    if clip:
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+        if scaler.is_enabled() and not norm.isfinite():  # the optimizers look for overflow each on their own
+            for p in model.parameters():
+                p.grad = None if p.grad is None else torch.zeros_like(p.grad)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+
+
 def all_finite(model: nn.Module) -> bool:
     return bool(torch.stack([t.isfinite().all() for t in model.state_dict().values()]).all())
 
@@ -617,8 +639,9 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
     """
     optimizers = make_optimizers(model, recipe, torch.bfloat16 if hardware.dtype == torch.bfloat16 else torch.float32)
     scaler = torch.amp.GradScaler(hardware.device.type, enabled=hardware.dtype == torch.float16)
-    peaks = [[g["lr"] for g in o.param_groups] for o in optimizers]
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     state = run.resume(model, optimizers)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # those of the checkpoint, by now
     step, tokens, seconds, record = state["step"], state.get("tokens", 0), state.get("seconds", 0.0), state.get("record", {})
     tail_loss, tail_steps = state.get("tail", [0.0, 0])
     if state.get("scaler") and scaler.is_enabled():
@@ -650,21 +673,10 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
             # through a hash, because PyTorch's CPU generator keeps the low 32 bits of a seed alone
             torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
             factor = schedule(recipe, now, end, steps_per_epoch)
-            for optimizer, rates in zip(optimizers, peaks):
-                for group, rate in zip(optimizer.param_groups, rates):
-                    group["lr"] = rate * factor
+            for group, peak in zip(groups, peaks):
+                group["lr"] = peak * factor
             loss, seen = gradients(step, lambda part: scaler.scale(part).backward())
-            if recipe.clip:
-                for optimizer in optimizers:
-                    scaler.unscale_(optimizer)
-                norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-                if scaler.is_enabled() and not norm.isfinite():  # the optimizers look for overflow each on their own
-                    for p in model.parameters():
-                        p.grad = None if p.grad is None else torch.zeros_like(p.grad)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad(set_to_none=True)
-            scaler.update()
+            update_weights(model, optimizers, scaler, recipe.clip)
             losses.append(loss)
             step, tokens, window_tokens = step + 1, tokens + seen, window_tokens + seen
             bar.update()
@@ -1006,7 +1018,7 @@ def read_log(folder: Path) -> list[dict]:
     """The lines of a pre-training run's log. Raises InputError where there is no curve in it yet."""
     load_settings(folder, "pretrain")
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines() if (folder / "log.jsonl").exists() else []
-    log = [json.loads(line) for line in lines if line.endswith("}")]
+    log = [json.loads(line) for line in lines if logged_step(line) > -1]
     if not any("loss" in record for record in log) or "unigram_loss" not in log[0]:
         raise InputError(f"{folder}: no loss in its log.jsonl yet; name a pre-training run that has made some steps")
     return log
@@ -1105,7 +1117,7 @@ def main() -> None:
     parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN as a Hugging Face folder DIR")
     add_run_flags(parser)
     add_source_flags(parser)
-    add_recipe_flags(parser, PretrainRecipe, PRESETS, "recipe (values of the presets in brackets)")
+    add_recipe_flags(parser, PretrainRecipe, PRESETS, "recipe")
     args = parser.parse_args()
     if args.fill_mask:
         for row in fill_mask(Path(args.fill_mask[1]), args.fill_mask[0]):

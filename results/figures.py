@@ -21,7 +21,7 @@ sys.path.insert(0, str(HERE.parent))
 from data import InputError, run_script, write_atomically  # noqa: E402
 from finetune import mean_and_interval  # noqa: E402
 from plan import SIZES  # noqa: E402
-from pretrain import read_json  # noqa: E402
+from pretrain import pyplot, read_json  # noqa: E402
 
 MISSING = "not yet measured"
 TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
@@ -284,13 +284,8 @@ def draw_growth(plt, record: dict):
 # -------------------------------------------------------------------------------------------------- the figures
 def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
     """PNG files of what there is to draw; none without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print("no matplotlib here (tests/requirements.txt has it): tables are written, figures are not drawn")
+    if not (plt := pyplot()):
         return []
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 130, "savefig.bbox": "tight"})
     folder.mkdir(parents=True, exist_ok=True)
     made: list[Path] = []
