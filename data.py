@@ -29,6 +29,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -131,6 +132,19 @@ def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Ite
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_when_whole(path: Path) -> Iterator[Path]:
+    """A new folder that gets the name `path` only when all is in it. For one process at a time (file_lock): what a killed one left goes."""
+    part = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def _os_lock(descriptor: int, take: bool) -> None:
@@ -275,48 +289,52 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
     right. Of several processes that want one file, one fetches it and the others wait. Raises InputError.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part, whole = path.with_name(path.name + ".part"), path.with_name(path.name + ".whole.part")
     name, wanted = ("sha256", sha256) if sha256 else ("sha1", sha1)
 
-    def attempt() -> None:
+    def attempt() -> Path:
         # Without a hash nothing would tell a file that is half an old version, half a new one: begin afresh.
         have = part.stat().st_size if part.exists() and wanted else 0
         with requests.Session() as session, _answer(session, url, have or None) as response:
             if response.status_code == 416:
                 if response.headers.get("Content-Range") == f"bytes */{have}":
-                    return  # whole already: the last run ended just before the renaming
+                    return part  # whole already: the last run ended just before the renaming
                 part.unlink(missing_ok=True)
                 raise _Passing(f"the file has no bytes from {have} on")
+            target = whole if have and response.status_code == 200 else part  # what we have stays until that has proved right
             have = have if response.status_code == 206 else 0
             length = _announced(response)
             total = None if length is None else have + length
             if None not in (size, total) and size != total:
                 raise InputError(f"{url} announces {total} bytes instead of {size}, perhaps an error page: "
                                  f"try again later, or put the right file at {path} by hand")
-            with open(part, "ab" if have else "wb") as file, tqdm(
+            with open(target, "ab" if have else "wb") as file, tqdm(
                     desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
                 for piece in _body(response, MOST_FILE_BYTES if size is None else size - have):
                     file.write(piece)
                     bar.update(len(piece))
                 file.flush()
                 os.fsync(file.fileno())
+            return target
 
     if path.exists():  # asked before locking, since the folder may be read-only
         return path
     with file_lock(path.with_name(path.name + ".lock"), wait=True), full_disk_named(part, size or 0):
         if path.exists():  # fetched by another process while this one waited
             return path
-        _with_retries(url, path, attempt)
+        fetched = _with_retries(url, path, attempt)
         digest = hashlib.new(name)
-        with open(part, "rb") as file:
+        with open(fetched, "rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
-        got = (part.stat().st_size if size is not None else None, digest.hexdigest() if wanted else None)
+        got = (fetched.stat().st_size if size is not None else None, digest.hexdigest() if wanted else None)
         if got != (size, wanted):
-            part.unlink()
+            fetched.unlink()
             raise InputError(f"{url} gave a wrong file (size, {name}: {got} instead of {(size, wanted)}), now deleted: "
                              f"try again, or put the right file at {path} by hand")
-        os.replace(part, path)
+        os.replace(fetched, path)
+        for left in (part, whole):
+            left.unlink(missing_ok=True)
     return path
 
 
@@ -1028,28 +1046,22 @@ def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, fold
     for text in texts:
         digest.update(text.encode("utf-8", "replace") + b"\0")
     path = folder / f"{name}-{digest.hexdigest()[:16]}"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with (full_disk_named(path, 2 * max_length * len(texts)),  # at most
-              tempfile.TemporaryDirectory(dir=folder, prefix=".table-") as temporary):
-            part = Path(temporary) / "table"
-            part.mkdir()
-            lengths: list[int] = []
-            with open(part / "tokens.bin", "wb") as file:
-                for start in range(0, len(texts), 2_000):
-                    encoded = tokenizer.encode(texts[start : start + 2_000], max_length)
-                    lengths += map(len, encoded)
-                    file.write(np.concatenate(encoded).astype("<u2").tobytes())
-            offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
-            np.save(part / "offsets.npy", offsets)
-            meta = {"name": name, "texts": len(texts), "tokens": int(offsets[-1]), "max_length": max_length,
-                    "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "texts_sha256": digest.hexdigest()}
-            (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-            try:
-                os.replace(part, path)
-            except OSError:
-                if not path.exists():  # else another process was faster: its table is the same
-                    raise
+    if path.exists():
+        return load_table(path)
+    with file_lock(folder / "lock", wait=True), full_disk_named(path, 2 * max_length * len(texts)):  # at most
+        if not path.exists():  # else another process made it while this one waited
+            with folder_when_whole(path) as part:
+                lengths: list[int] = []
+                with open(part / "tokens.bin", "wb") as file:
+                    for start in range(0, len(texts), 2_000):
+                        encoded = tokenizer.encode(texts[start : start + 2_000], max_length)
+                        lengths += map(len, encoded)
+                        file.write(np.concatenate(encoded).astype("<u2").tobytes())
+                offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
+                np.save(part / "offsets.npy", offsets)
+                meta = {"name": name, "texts": len(texts), "tokens": int(offsets[-1]), "max_length": max_length,
+                        "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "texts_sha256": digest.hexdigest()}
+                (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return load_table(path)
 
 
@@ -1167,9 +1179,7 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
 
 def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
     """All that training needs in one folder, for a machine without the raw data (--prepared): tokenizer, token tables, tasks."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".prepared-") as temporary:
-        part = Path(temporary) / "prepared"
+    with file_lock(folder.parent / f".{folder.name}.lock", wait=False), folder_when_whole(folder) as part:
         save_tokenizer(corpus.tokenizer, part / "tokenizer.model")
         for name, table in (("articles", corpus.train), ("held-out", corpus.held_out)):
             (part / name).mkdir()
@@ -1178,7 +1188,6 @@ def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
             (part / name / "meta.json").write_text(json.dumps(table.meta, indent=1), encoding="utf-8")
         with gzip.open(part / "tasks.json.gz", "wt", encoding="utf-8") as file:
             json.dump([{"name": t.name, "classes": t.classes, "train": t.train, "test": t.test, "note": t.note} for t in tasks], file)
-        os.replace(part, folder)
 
 
 def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:

@@ -20,8 +20,8 @@ class Request:
 class Loopback:
     """`files` maps paths ("/a.txt") to bytes; `behaviours` maps a path to what its next answers do, one word each.
 
-    Words: "ok" (also when the list is used up), "no ranges", "short" (half the body, then the end), "chunked" (whole, its
-    length not announced), "short chunked", "wrong range", "corrupt", "html" (an error page with status 200), "stall" (half the body, then nothing),
+    Words: "ok" (also when the list is used up), "no ranges", "no ranges short", "short" (half the body, then the end), "chunked" (whole, its
+    length not announced), "short chunked", "wrong range", "corrupt", "html" and "html chunked" (an error page with status 200), "stall" (half the body, then nothing),
     "drip" (the body a hundredth at a time, slowly), "endless" (the body again and again, its length not announced), "no number" (a Content-Length
     that is none), "416", "loop" and "file" (redirects to itself and to file://), "refuse" (the connection is closed unanswered),
     or a status such as "404"; "429:7" adds the header `Retry-After: 7`.
@@ -96,9 +96,9 @@ class Loopback:
             headers = {"Retry-After": after} if after else {}
         elif word in ("loop", "file"):
             body, status, headers = b"", 302, {"Location": handler.path if word == "loop" else "file:///etc/hostname"}
-        elif word == "html":
+        elif word in ("html", "html chunked"):
             body = b"<html>Please log in</html>"
-        if asked and status == 200 and word not in ("no ranges", "html"):
+        if asked and status == 200 and word not in ("no ranges", "no ranges short", "html", "html chunked"):
             start, end = int(asked[1]), min(int(asked[2] or len(body)) + 1, len(body))
             if start >= len(body):
                 body, status, headers = b"", 416, {"Content-Range": f"bytes */{len(body)}"}
@@ -119,8 +119,8 @@ class Loopback:
             handler.send_header(name, value)
         handler.end_headers()
         if word.endswith("chunked"):
-            sent = body if word == "chunked" else body[:len(body) // 2]
-            handler.wfile.write(b"%x\r\n" % len(body) + sent + (b"\r\n0\r\n\r\n" if word == "chunked" else b""))
+            cut = word == "short chunked"
+            handler.wfile.write(b"%x\r\n" % len(body) + (body[:len(body) // 2] if cut else body + b"\r\n0\r\n\r\n"))
         elif word == "drip":
             for start in range(0, len(body), step := len(body) // 100 + 1):
                 handler.wfile.write(body[start:start + step])
@@ -129,9 +129,9 @@ class Loopback:
             while not self._ended.is_set():
                 handler.wfile.write(body)
         else:
-            handler.wfile.write(body[:len(body) // 2] if word in ("short", "stall") else body)
+            handler.wfile.write(body[:len(body) // 2] if word in ("short", "no ranges short", "stall") else body)
         if word == "stall":
             handler.wfile.flush()
             self._ended.wait(10)
-        if word in ("short", "short chunked", "stall", "no number"):
+        if word in ("short", "no ranges short", "short chunked", "stall", "no number"):
             handler.close_connection = True

@@ -115,7 +115,17 @@ def test_full_disk_in_a_token_table(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(data, "open", SmallDisk(50), raising=False)
     with pytest.raises(InputError, match="no space left on the disk while writing .*x-.*, which needs"):
         make_table(["a river of france"] * 100, small_tokenizer(), 16, tmp_path, "x")
-    assert not list(tmp_path.iterdir()), "a part of a table was left"
+    assert [p.name for p in tmp_path.iterdir()] == ["lock"], "a part of a table was left"
+
+
+def test_what_a_killed_process_left_of_a_token_table_goes(tmp_path: Path) -> None:
+    make_table(["a river of france"], small_tokenizer(), 16, tmp_path, "x")
+    (made,) = tmp_path.glob("x-*")
+    left = tmp_path / f".{made.name}.tmp"
+    made.rename(left)
+    (left / "tokens.bin").write_bytes(b"cut")
+    assert len(make_table(["a river of france"], small_tokenizer(), 16, tmp_path, "x")) == 1
+    assert made.exists() and not left.exists()
 
 
 @pytest.mark.parametrize("where", ["write_bytes", "replace"])
@@ -241,7 +251,7 @@ def test_a_damaged_checkpoint_does_not_resume(runs: tuple[Path, Path], corpus: C
 
 def test_a_token_table_of_another_tokenizer(tmp_path: Path) -> None:
     make_table(["a river of france and a city of japan"] * 3, small_tokenizer(), 16, tmp_path, "x")
-    (folder,) = tmp_path.iterdir()
+    (folder,) = tmp_path.glob("x-*")
     meta = read_json(folder / "meta.json")
     for change, message in (({"vocab_size": 6}, "another tokenizer"), ({"texts": 4}, "sizes disagree"), ({"max_length": None}, "of another version")):
         (folder / "meta.json").write_text(json.dumps({**meta, **change}), encoding="utf-8")

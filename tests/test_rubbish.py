@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import bz2
 import csv
 import gzip
 import importlib
@@ -45,7 +46,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = small_tokenizer()
     (folder / "own.model").write_bytes(tokenizer.model)
     make_table([a["text"] for a in texts], tokenizer, 16, folder / "t", "x")
-    shutil.copytree(next((folder / "t").iterdir()), folder / "table")
+    shutil.copytree(next((folder / "t").glob("x-*")), folder / "table")
     (folder / "record.json").write_text(json.dumps({"kind": "pretrain", "seed": 1}), encoding="utf-8")
     (folder / "tasks.json.gz").write_bytes(gzip.compress(json.dumps(
         [{"name": "x", "classes": ["a", "b"], "train": [["t", 0]], "test": [["u", 1]], "note": ""}]).encode()))
@@ -276,6 +277,22 @@ def test_bombs_are_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest
         assert peak < 9_000_000, f"{name}: {peak / 1e6:.0f} MB to refuse 20 MB"
 
 
+def bz2_bomb_peak(folder: Path, size: int) -> int:
+    """The most memory, in bytes, that it takes to pass over a dump's page that unpacks to `size` bytes."""
+    import tracemalloc
+    (folder / "page.xml.bz2").write_bytes(bz2.compress(b"<mediawiki><page><revision><text>" + b"a" * size))
+    tracemalloc.start()
+    assert list(read_dump(folder / "page.xml.bz2")) == []
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_bz2_bomb_is_passed_over_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MOST_PAGE_BYTES", 1 << 20)
+    assert bz2_bomb_peak(tmp_path, 20_000_000) < 6_000_000
+
+
 @pytest.mark.slow
 def test_bombs_at_full_size(tmp_path: Path) -> None:
     import tracemalloc
@@ -286,6 +303,7 @@ def test_bombs_at_full_size(tmp_path: Path) -> None:
             read()
         peaks[name] = round(tracemalloc.get_traced_memory()[1] / 1e6)
         tracemalloc.stop()
+    peaks["bz2, one page (passed over)"] = round(bz2_bomb_peak(tmp_path, 1_000_000_000) / 1e6)
     record_reliability("bombs of 1000 MB: peak memory in MB", peaks)
     assert max(peaks.values()) < 700, peaks
 
