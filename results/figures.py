@@ -167,6 +167,13 @@ def claim_4(cells: dict[str, Cell]) -> str:
         text += (f"\n\nThree BERT-1s with a convolutional stem (bert-1-conv3) on FewRel: {with_interval(values)} %, gap "
                  f"{with_interval(gaps, sign=True)}; as a committee "
                  f"{100 * conv.tasks['fewrel']['committee']['bert-1-conv3'][0][-1]:.1f} %.")
+    if mixed := cells.get("mixed"):
+        part = mixed.tasks["fewrel"]
+        (curve,) = part["committee"]["bert-1+bert-1-wide"]
+        alone = {m: np.mean(mixed.accuracies("fewrel", m, "pretrained")) for m in ("bert-1", "bert-1-wide")}
+        text += (f"\n\nBERT-1s and BERT-1s of twice the width (bert-1-wide) in turn, on FewRel: alone {alone['bert-1']:.1f} and "
+                 f"{alone['bert-1-wide']:.1f} %, the committee of {len(curve)} {100 * curve[-1]:.1f} %; minus bert-6 "
+                 f"{against(part['against_deep'])}; two members agree on {100 * part['quality']['agreement']:.0f} % of the rows.")
     name = f"committee-{len(votes)}"
     latency, price = c.record["latency_ms"], c.record["price"]
     rows = [[m, f"{latency[m]['median']:.2f} ({latency[m]['p10']:.2f}-{latency[m]['p90']:.2f})", f"{latency[m]['texts_per_s']:.0f}",
@@ -200,6 +207,28 @@ def grid(cells: dict[str, Cell]) -> str:
                        f"gap {with_interval(c.gaps('fewrel', 'bert-1'), sign=True)}" if c else MISSING)
         rows.append(row)
     return table(["labels a class", "from scratch, %", "5,000 articles, %", "90,000 articles, %"], rows)
+
+
+def compute(cells: dict[str, Cell]) -> str:
+    """Accuracy on FewRel against the seconds of pre-training that it takes, at the best rate that any run of the model reached: some
+    were trained on a busy machine."""
+    known = [*cells.values(), Cell(HERE / "committee-fewrel-quick.json")]
+    runs_of = {model: [run for c in known for name, run in c.record["pretraining"].items() if name.startswith(f"{model}-seed")]
+               for model in ("bert-1", "bert-6")}
+    rates = {model: max(run["tokens"] / run["seconds"] for run in runs) for model, runs in runs_of.items() if runs}
+    rows = []
+    for name, title in {"c2-steps-90000": "90,000 articles", **{f"c2-passes-{n}": f"{n:,} articles, two passes" for n in SIZES},
+                        "c1": "90,000 articles"}.items():
+        model = "bert-6" if name == "c1" else "bert-1"
+        if not (c := cells.get(name)):
+            rows.append([model, title, "", MISSING, "", "", ""])
+            continue
+        runs = [run for key, run in c.record["pretraining"].items() if key.startswith(f"{model}-seed")]
+        seconds, gap = float(np.mean([run["tokens"] for run in runs])) / rates[model], float(np.mean(c.gaps("fewrel", model)))
+        rows.append([model, title, f"{runs[0]['steps']:,}", f"{seconds:.0f}", with_interval(c.accuracies("fewrel", model, "pretrained")),
+                     with_interval(c.gaps("fewrel", model), sign=True), f"{60 * gap / seconds:.1f}"])
+    return (table(["", "", "steps", "seconds of pre-training", "FewRel, %", "gap, points", "points a minute"], rows)
+            + "\n\nSeconds of one core of two, at " + ", ".join(f"{rate:,.0f} tokens/s for {model}" for model, rate in rates.items()) + ".")
 
 
 # ------------------------------------------------------------------------------------- the recipe, results/ablate.py
@@ -257,6 +286,21 @@ def speed(cells: dict[str, Cell]) -> str:
         texts.append(f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores; {record['hardware']}; texts of {given['task']}, "
                      f"a vocabulary of {given['vocab_size']:,}, {'few' if given['quick'] else 'many'} repetitions:\n\n"
                      + table(["", "ours", "the authors' way", "unit", "times faster", "aim"], rows))
+    return "\n\n".join(texts) or MISSING
+
+
+def growth(cells: dict[str, Cell]) -> str:
+    """Memory and time of every model of the two presets, and the picture of how cost grows."""
+    texts = []
+    for path in sorted(HERE.glob("speed-growth-*.json")):
+        record = read_json(path)
+        rows = [[r["preset"], r["model"], f"{r['parameters'] / 1e6:.1f}", f"{r['memory_gb']:.1f}", f"{r['tokens_per_s']:,.0f}",
+                 f"{r['tokens'] / 1e6:,.1f}", f"{60 * r['hours']:.1f} minutes" if r["hours"] < 1 else f"{r['hours']:,.0f} hours"]
+                for r in record["growth"]["models"]]
+        name = path.stem.removeprefix("speed-")
+        header = ["preset", "model", "M parameters", "peak memory, GB", "tokens/s", "M tokens", "at that rate"]
+        texts.append(f"{record['machine'].get('gpu') or record['machine']['cpu']}, {record['machine']['cores']} cores; "
+                     f"{record['hardware']}:\n\n" + table(header, rows) + f"\n\n![{name}](results/figures/{name}.png)")
     return "\n\n".join(texts) or MISSING
 
 
@@ -355,7 +399,7 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "ablation": ablation,
-            "minute": one_minute, "half-hour": half_hour, "speed": speed}
+            "minute": one_minute, "half-hour": half_hour, "speed": speed, "growth": growth, "compute": compute}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MACHINE = "2 cores of an AMD EPYC with AVX512-BF16"
-RATES = {"bert-1": 42_000, "bert-6": 12_000, "bert-1-conv3": 3_000}  # tokens/s there of one process of two, fine-tuning or pre-training
+# tokens/s there of one process of two, fine-tuning or pre-training
+RATES = {"bert-1": 42_000, "bert-6": 12_000, "bert-1-wide": 18_000, "bert-1-conv3": 3_000}
 TOKENS = {"article": 125, "fewrel": 41, "agnews": 61, "dbpedia": 69}  # of a text, with 4,000 pieces
 ROWS = {"fewrel": 58, "agnews": 4, "dbpedia": 14}  # classes; the quick preset has 100 training rows of each
 STEPS, BATCH, EPOCHS, LEAST_STEPS = 1_000, 32, 5, 100  # the study's pre-training steps; the rest is the quick preset's
@@ -50,9 +51,10 @@ def cell(name: str, claim: str, question: str, tasks: tuple[str, ...], *, deep: 
                f"{f'--train-per-class {rows} --test-per-class 70 ' if rows != 100 else ''}{f'{flags} ' if flags else ''}"
                f"--out results/study/{name}.json")
     models = {"bert-6": deep} if deep else {}
-    member = "bert-1-conv3" if "bert-1-conv3" in flags else "bert-1"
+    members = flags.partition("--member-model ")[2].split() or ["bert-1"]
+    models |= {member: shallow // len(members) for member in members}
     return {"name": name, "claim": claim, "question": question, "command": command,
-            "minutes": minutes(models | {member: shallow}, tasks, (articles, *text), steps, rows)}
+            "minutes": minutes(models, tasks, (articles, *text), steps, rows)}
 
 
 def plan() -> list[dict]:
@@ -80,6 +82,8 @@ def plan() -> list[dict]:
             cells.append(cell(f"grid-{rows}-{n}", "grid", f"{rows} labels a class, {n} articles", fewrel, articles=n, rows=rows,
                               shallow=3 if rows < 624 else 1))
     cells += [cell(f"c2-passes-{n}", "C2", f"{n} articles, two passes", fewrel, articles=n, epochs=2) for n in SIZES]
+    cells.append(cell("mixed", "C4", "three BERT-1s and three of twice the width in one committee", fewrel, deep=1, shallow=6,
+                      flags="--member-model bert-1 bert-1-wide"))
     cells.append(cell("conv", "C4", "three BERT-1s with a convolutional stem", fewrel, text=("conv",),
                       flags="--member-model bert-1-conv3"))
     return cells

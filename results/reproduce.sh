@@ -1,7 +1,7 @@
 #!/bin/sh
 # The study, cell by cell; written by results/plan.py. From the repository's root, with FewRel, AG News, DBpedia and
 # article files in data/ (README, "On the paper's data"). Any line runs alone, once the first has made the tokenizer; an
-# interrupted one goes on where it was. About 3.0 hours on two cores.
+# interrupted one goes on where it was. About 3.2 hours on two cores.
 set -e
 
 if [ ! -d runs/study/prepared ]; then
@@ -89,6 +89,9 @@ python committee.py --task fewrel --articles 'data/wikipedia/articles-*.jsonl.gz
 
 # C2: 90000 articles, two passes (about 15 minutes)
 python committee.py --task fewrel --articles 'data/wikipedia/articles-*.jsonl.gz' --raw-dir data --runs-dir runs/study --min-class-size 694 --tokenizer runs/study/prepared/tokenizer.model --articles-count 90000 --epochs 2 --steps 0 --repeats 1 --members 3 --deep none --out results/study/c2-passes-90000.json
+
+# C4: three BERT-1s and three of twice the width in one committee (about 10 minutes)
+python committee.py --task fewrel --articles 'data/wikipedia/articles-*.jsonl.gz' --raw-dir data --runs-dir runs/study --min-class-size 694 --tokenizer runs/study/prepared/tokenizer.model --articles-count 90000 --steps 1000 --repeats 1 --members 6 --member-model bert-1 bert-1-wide --out results/study/mixed.json
 
 # C4: three BERT-1s with a convolutional stem (about 54 minutes)
 python committee.py --task fewrel --articles 'data/wikipedia/articles-*.jsonl.gz' --raw-dir data --runs-dir runs/study --min-class-size 694 --tokenizer runs/study/prepared/tokenizer.model --articles-count 90000 --steps 1000 --repeats 1 --members 3 --deep none --member-model bert-1-conv3 --out results/study/conv.json

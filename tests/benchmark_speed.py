@@ -39,7 +39,7 @@ from committee import SoftCommittee, measure_latency  # noqa: E402
 from data import (Corpus, InputError, Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table,  # noqa: E402
                   pretraining_articles, run_script)
 from finetune import PRESETS as FINETUNE_PRESETS, TaskTables, finetune, predict_logits  # noqa: E402
-from model import MODELS, Classifier, count_operations, named_config  # noqa: E402
+from model import MODELS, Classifier, MaskedLM, count_operations, count_parameters, named_config  # noqa: E402
 from pretrain import PRESETS, Hardware, PretrainRecipe, choose_hardware, pretrain, result_record, write_json  # noqa: E402
 from reference_recipe import Reference, build, classification_step, make_optimizer, padded, training_step  # noqa: E402
 from tokenizer import PAD  # noqa: E402
@@ -299,6 +299,8 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
     (seconds, texts_encoded), peak = peak_memory(partial(encode, args, bench, count))
     rows.append(row(f"encode {texts_encoded} openings", "s", seconds, 20.0 * texts_encoded / 90_000, 1.0, reference_is="the target"))
     rows.append(row("    its peak memory", "GB", peak, 1.0, 1.0, reference_is="the target"))
+    rows.append(row("classifying lines of stdin as they come, bert-1, width 256", "texts/s", lines_a_second(bench, 300), 200.0, 1.0,
+                    reference_is="the target"))
     rows.append(row("start to first step, tables ready", "s", start_to_first_step(args, bench.folder), 5.0, 1.0, reference_is="the target"))
     return rows
 
@@ -354,11 +356,34 @@ def start_to_first_step(args: argparse.Namespace, folder: Path) -> float:
     return seconds
 
 
+def lines_a_second(bench: Bench, lines: int) -> float:
+    """Short texts a second through `finetune.py --predict-file -`, each line sent when the one before is answered."""
+    config = named_config("bert-1", 256, vocab_size=bench.corpus.tokenizer.vocab_size, max_length=LENGTH)
+    with contextlib.redirect_stdout(sys.stderr):
+        run = finetune(None, config, bench.corpus.tokenizer, bench.tables(64), replace(FINETUNE_PRESETS["quick"], steps=1), 0,
+                       bench.throw_away(), bench.hardware, label="bert-1")
+    texts = [" ".join(text.split())[:60].encode() + b"\n" for text, _ in bench.task.test[: lines + 20]]
+    command = [sys.executable, str(ROOT / "finetune.py"), "--predict-file", "-", str(run), "--device", bench.hardware.device.type]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        start = 0.0
+        for number, text in enumerate(texts):
+            start = time.perf_counter() if number == 20 else start  # those before warm up
+            process.stdin.write(text)
+            process.stdin.flush()
+            assert process.stdout.readline()
+        seconds = time.perf_counter() - start
+        process.stdin.close()
+    return (len(texts) - 20) / seconds
+
+
 # ------------------------------------------------------------------------------------------------------------ how cost grows
 def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
-    """Tokens/s and memory of a pre-training step, of `quick`'s model with one thing changed at a time, and of committees of K at work."""
+    """Tokens/s and memory of a pre-training step, of `quick`'s model with one thing changed at a time and of every model of the two
+    presets, and committees of K at work."""
     base = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
-    steps, result = 10, {}
+    steps = 10
+    result: dict[str, list[dict]] = {}
     changes: dict[str, Sequence[int]] = {"width": (64, 128, 256, 512, 768), "layers": (1, 6), "batch_size": (8, 32, 128),
                                          "max_length": (32, 64, 128, 256)}
     for what, values in changes.items():
@@ -369,6 +394,19 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
             rates, memory = peak_memory(partial(our_pretraining, replace(base, corpus=corpus), model, recipe, steps))
             result.setdefault(what, []).append({"value": value, "tokens_per_s": float(np.median(rates)), "memory_gb": memory})
             print(f"{what} {value}: {np.median(rates):.0f} tokens/s, {memory:.2f} GB", flush=True)
+    for preset, recipe in (("quick", replace(QUICK, count_start=0.0)), ("paper", PAPER)):
+        corpus = base.corpus if preset == "quick" else bench.corpus
+        tokens = (recipe.steps or recipe.epochs * 90_000 // 32) * 32 * LENGTH
+        for model in ("bert-6", "bert-1") if quick else MODELS:
+            few = steps if preset == "quick" and not MODELS[model][2] else 2
+            rates, memory = peak_memory(partial(our_pretraining, replace(bench, corpus=corpus), model, recipe, few))
+            config = named_config(model, recipe.width, recipe.heads, vocab_size=corpus.tokenizer.vocab_size, norm=recipe.norm)
+            with torch.device("meta"):
+                parameters = count_parameters(MaskedLM(config))
+            result.setdefault("models", []).append({
+                "preset": preset, "model": model, "parameters": parameters, "tokens_per_s": float(np.median(rates)), "memory_gb": memory,
+                "tokens": tokens, "hours": tokens / float(np.median(rates)) / 3600})
+            print(f"{preset} {model}: {np.median(rates):.0f} tokens/s, {memory:.2f} GB", flush=True)
     config, tables = named_config("bert-1", QUICK.width, vocab_size=4_000, max_length=LENGTH, norm="pre"), base.tables(64)
     classifiers = [bench.hardware.for_inference(Classifier(config, len(bench.task.classes))) for _ in range(16)]
     committees = {str(k): SoftCommittee(classifiers[:k]) for k in (1, 2, 4, 8, 16)}

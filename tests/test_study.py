@@ -31,7 +31,8 @@ def cell(gap: float, tasks: tuple[str, ...] = ("fewrel",), deep: bool = False, l
         part["against_deep"] = {"mean": 4.0, "low": 2.0, "high": 6.0, "over": "rows"}
     return {"settings": {"seeds": 1}, "tasks": {t: part for t in tasks}, "latency_ms": {n: timing for n in names},
             "price": {n: {"parameters": 1e6, "operations": 2e6} for n in names},
-            "pretraining": {f"{m}-seed{s}-abc": {"held_out_loss": loss, "steps": 7} for m in models for s in range(3)}}
+            "pretraining": {f"{m}-seed{s}-abc": {"held_out_loss": loss, "steps": 7, "tokens": 10_000_000, "seconds": 100.0 + s}
+                            for m in models for s in range(3)}}
 
 
 @pytest.fixture
@@ -54,6 +55,7 @@ def test_tables_and_figures(study: Path, tmp_path: Path) -> None:
     assert "| FewRel | bert-6 | 3 | 52.0 ± 5.0 | 41.0 ± 2.5 | +11.0 ± 2.5 |" in text  # gaps 10, 11, 12: 11 ± 4.303 / sqrt(3)
     assert "| equal steps | 90,000 |  | not yet measured |" in text
     assert "AG News +4.0 points" in text
+    assert "| bert-6 | 90,000 articles | 7 | 100 | 52.0 ± 5.0 | +11.0 ± 2.5 | 6.6 |" in text  # 100 s at 100,000 tokens/s, the best rate
     assert "| FewRel | 50.0 | 50.0 | 55.0 | 60.0 | 1 | 70 | 0.100 | 0.200 | 0.050 |" in text and "FewRel +4.0 points (+2.0 to +6.0)" in text
     again = figures.rewrite(text, figures.load(study), {p.stem for p in (tmp_path / "figures").glob("*.png")})
     assert again == text, "a second time changes something"
