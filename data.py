@@ -734,7 +734,7 @@ def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
 
 def text_key(text: str, characters: int | None = None) -> str:
     """Letters and digits of a text, case-folded: texts with the same key count as the same text."""
-    return "".join(itertools.islice((c for c in text.casefold() if c.isalnum()), characters))
+    return "".join(itertools.islice(filter(str.isalnum, text.casefold()), characters))
 
 
 def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -> tuple[list[Article], list[Article]]:

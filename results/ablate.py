@@ -26,8 +26,8 @@ from data import (Corpus, InputError, Task, add_source_flags, load_corpus, load_
                   text_key)
 from finetune import PRESETS as FINETUNE, TaskTables, finetune, points, twin_seed  # noqa: E402
 from model import MODELS  # noqa: E402
-from pretrain import (PRESETS, add_run_flags, checked, choose_hardware, load_pretrained, number, pretrain, read_json,  # noqa: E402
-                      result_record, write_json)
+from pretrain import (PRESETS, add_run_flags, break_step, checked, choose_hardware, load_pretrained, number, pretrain,  # noqa: E402
+                      read_json, read_log, result_record, write_json)
 
 # without an ingredient, what belongs to it goes back too: the tables' rates suit the starts
 ARMS = {
@@ -60,6 +60,14 @@ def changed(preset, changes: object, flag: str):
             raise InputError(f"{flag}: {name}: {value!r} is no setting; there are "
                              + ", ".join(f"{n} ({t.__name__})" for n, t in known.items()))
     return checked(dataclasses.replace(preset, **changes))
+
+
+def break_seconds(run: Path) -> float | None:
+    """Seconds of training after which a run's loss has left the unigram baseline for good (break_step); None if it has not."""
+    log = read_log(run)
+    lines = [record for record in log if "loss" in record]
+    found = break_step([(record["step"], record["loss"]) for record in lines], log[0]["unigram_loss"])
+    return next((record["seconds"] for record in lines if record["step"] == found), None)
 
 
 def main() -> None:
@@ -97,9 +105,11 @@ def main() -> None:
             for ft_name, ft_recipe in ft_recipes.items():
                 arm = arms.setdefault(f"{name}; {ft_name}" if ft_name else name, {
                     "settings": {"pre-training": args.arms[name], "fine-tuning": args.ft_arms[ft_name]}, "held_out_loss": [], "seconds": [],
+                    "break_seconds": [],
                     "train_loss": {}, "tasks": {task.name: {"models": {args.model: {}}, "committee": {}}}})
                 arm["held_out_loss"].append(pretraining["held_out_loss"])
                 arm["seconds"].append(pretraining["seconds"])
+                arm["break_seconds"].append(break_seconds(run))
                 for kind, start in (("pretrained", run), ("scratch", None))[: 2 if args.scratch else 1]:
                     folder = finetune(start, config, tokenizer, tables, ft_recipe, twin_seed(run, 0), args.runs_dir, hardware,
                                       fresh=args.fresh, compiled=args.compile, label=args.model)

@@ -247,9 +247,18 @@ def percent(arm: dict, kind: str) -> str:
     return with_interval([100 * x for x in model[kind]])
 
 
+def leaves(arm: dict) -> str:
+    """When a loss curve leaves the unigram baseline: mean seconds of training, or how many of the runs have not left it."""
+    found = [x for x in arm.get("break_seconds", []) if x is not None]
+    missing = len(arm.get("break_seconds", [])) - len(found)
+    return (with_interval(found, digits=0) if found and not missing else f"{missing} of {missing + len(found)} did not" if missing else "")
+
+
 def ablation(cells: dict[str, Cell]) -> str:
-    return table(["BERT-1, embedded default, 300 steps", "held-out loss, nats", "`topics`, pre-trained, %", "from scratch, %"], [
-        [name, with_interval(arm["held_out_loss"], digits=2), percent(arm, "pretrained"), percent(arm, "scratch")]
+    header = ["BERT-1, embedded default, 300 steps", "held-out loss, nats", "off the plateau after, s", "`topics`, pre-trained, %",
+              "from scratch, %"]
+    return table(header, [
+        [name, with_interval(arm["held_out_loss"], digits=2), leaves(arm), percent(arm, "pretrained"), percent(arm, "scratch")]
         for name, _, arm in arms_of("recipe-ablation.json")])
 
 
@@ -257,6 +266,13 @@ def one_minute(cells: dict[str, Cell]) -> str:
     rows = [[name, with_interval(arm["held_out_loss"], digits=2), percent(arm, "pretrained")]
             for name, _, arm in arms_of("recipe-minute-*.json")]
     return table(["BERT-1, embedded default, one minute on one core", "held-out loss, nats", "`topics`, %"], rows)
+
+
+def real_minute(cells: dict[str, Cell]) -> str:
+    header = ["one minute on one core", "", "held-out loss, nats", "off the plateau after, s", "FewRel, %"]
+    return table(header, [
+        [model, name, with_interval(arm["held_out_loss"], digits=2), leaves(arm), percent(arm, "pretrained")]
+        for name, model, arm in arms_of("recipe-real-minute-*.json")])
 
 
 def half_hour(cells: dict[str, Cell]) -> str:
@@ -323,6 +339,28 @@ def draw_growth(plt, record: dict):
     figure.suptitle("How cost grows: quick's BERT-1, one thing changed at a time; committees of K at work")
     figure.tight_layout()
     return figure
+
+
+# ---------------------------------------------------------------------------------- reliability, tests/ -m slow
+def reliability(cells: dict[str, Cell]) -> str:
+    """What the long tests did to the scripts, and what came of it."""
+    if not (HERE / "reliability.json").exists():
+        return MISSING
+    record = read_json(HERE / "reliability.json")
+    rows = [[f"{name.partition(',')[0]}.py{name.partition(',')[2] and ','}{name.partition(',')[2]} killed",
+             f"{x['kills']} times ({', '.join(f'{k} {v}' for k, v in sorted(x['where'].items()))})", "weights and optimizer bit-identical"
+             if x["bit-identical"] else "differed"] for name, x in record.get("killed", {}).items()]
+    for part in ("rubbish in files", "rubbish in command lines"):
+        if part in record:
+            counts = record[part].values()
+            rows.append([part, f"{sum(sum(x.values()) for x in counts):,} cases", ", ".join(
+                f"{sum(x[key] for x in counts):,} {key}" for key in next(iter(counts)))])
+    if peaks := record.get("bombs of 1000 MB: peak memory in MB"):
+        rows.append(["archives that unpack to 1,000 MB", ", ".join(peaks), f"refused or passed over, in {max(peaks.values())} MB at most"])
+    if soak := record.get("soak"):
+        rows.append(["the whole way from download to committee, with one random fault", f"{soak['cycles']} times",
+                     f"{soak['survived']} survived, lost work {soak['lost work']}, wrong results {soak['wrong results']}"])
+    return table(["", "tried", "what came of it"], rows)
 
 
 # -------------------------------------------------------------------------------------------------- the figures
@@ -399,7 +437,7 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "ablation": ablation,
-            "minute": one_minute, "half-hour": half_hour, "speed": speed, "growth": growth, "compute": compute}
+            "minute": one_minute, "real-minute": real_minute, "half-hour": half_hour, "speed": speed, "growth": growth, "compute": compute, "reliability": reliability}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:

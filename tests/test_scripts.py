@@ -224,6 +224,7 @@ def test_ablation_script(material: Path) -> None:
     arms = json.loads(out.read_text(encoding="utf-8"))["arms"]
     assert [len(arm["held_out_loss"]) for arm in arms.values()] == [2, 2] and set(arms) == {"smoke", "counts"}
     assert all(len(arm["tasks"]["fewrel"]["models"]["bert-1"][kind]) == 2 for arm in arms.values() for kind in ("pretrained", "scratch"))
+    assert all(len(arm["break_seconds"]) == 2 for arm in arms.values())
     assert "counts" in shown and "further training rows" in out.read_text(encoding="utf-8")
 
 
