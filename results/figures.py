@@ -436,8 +436,9 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
     return made
 
 
-SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "ablation": ablation,
-            "minute": one_minute, "real-minute": real_minute, "half-hour": half_hour, "speed": speed, "growth": growth, "compute": compute, "reliability": reliability}
+SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "compute": compute,
+            "ablation": ablation, "minute": one_minute, "real-minute": real_minute, "half-hour": half_hour, "speed": speed,
+            "growth": growth, "reliability": reliability}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:
