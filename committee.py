@@ -359,7 +359,7 @@ def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware)
     return Predictor(members[0], hardware, SoftCommittee([hardware.for_inference(load_classifier(member)) for member in members]))
 
 
-def main() -> None:
+def command_line() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="with --predict: a finished committee under runs/committee/")
     group = parser.add_argument_group("who votes")
@@ -383,19 +383,11 @@ def main() -> None:
     add_source_flags(parser)
     add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training")
     add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning", prefix="ft-")
-    args = parser.parse_args()
-    if args.predict is not None or args.predict_file:
-        if not args.run:
-            raise InputError("--predict needs the folder of a finished committee, under runs/committee/")
-        answer(args, load_committee(args.run, args.task, choose_hardware(args.device, args.dtype)))
-        return
-    if args.run:
-        raise InputError(f"{args.run}: a committee's folder is named with --predict")
-    args.members = args.members or MEMBERS[args.preset]
-    if args.out and (args.out.is_dir() or not args.out.resolve().parent.is_dir()):
-        raise InputError(f"--out {args.out}: name a file, in a folder that exists")
-    if args.deep in args.member_model:
-        raise InputError(f"--deep {args.deep}: is a member too; name another model")
+    return parser
+
+
+def train_and_judge(args: argparse.Namespace) -> None:
+    """The whole job: articles and tasks, pre-training, fine-tuning, tables, results.json."""
     started = time.perf_counter()
     recipe, finetune_recipe = chosen_recipe(args, PRETRAIN_PRESETS), chosen_recipe(args, FINETUNE_PRESETS, "ft-")
     hardware = choose_hardware(args.device, args.dtype)
@@ -404,8 +396,7 @@ def main() -> None:
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
     deep, members = planned(args, recipe)
     if args.member is not None:
-        train_member(args.member, deep, sum(members, []), corpus, tasks, finetune_recipe, args, hardware)
-        return
+        return train_member(args.member, deep, sum(members, []), corpus, tasks, finetune_recipe, args, hardware)
     units = [*deep, *sum(members, [])]
     jobs = min(len(units), args.jobs or (min(4, torch.get_num_threads()) if hardware.device.type == "cpu" else 1))
     if jobs > 1:
@@ -440,6 +431,23 @@ def main() -> None:
     print(f"\n{folder / 'results.json'} written; {seconds / 60:.1f} minutes in all (what was there already was not trained again)")
     if tasks[0].name == "topics":
         print("next, on the paper's data: python committee.py --task fewrel --wiki simplewiki --articles-count 20000")
+
+
+def main() -> None:
+    args = command_line().parse_args()
+    if args.predict is not None or args.predict_file:
+        if not args.run:
+            raise InputError("--predict needs the folder of a finished committee, under runs/committee/")
+        answer(args, load_committee(args.run, args.task, choose_hardware(args.device, args.dtype)))
+        return
+    if args.run:
+        raise InputError(f"{args.run}: a committee's folder is named with --predict")
+    args.members = args.members or MEMBERS[args.preset]
+    if args.out and (args.out.is_dir() or not args.out.resolve().parent.is_dir()):
+        raise InputError(f"--out {args.out}: name a file, in a folder that exists")
+    if args.deep in args.member_model:
+        raise InputError(f"--deep {args.deep}: is a member too; name another model")
+    train_and_judge(args)
 
 
 if __name__ == "__main__":

@@ -914,6 +914,28 @@ def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None
     return classes, train, rest[0] if rest else None, []
 
 
+def split_by_text(order: Sequence[int], labels: Sequence[int], keys: dict[int, str],
+                  want: dict[int, int]) -> tuple[dict[str, list[int]], set[str], int]:
+    """Draw want[class] test rows, all rows of one text (keys) on one side: (the rows of each text, in order; the texts of the test
+    part; how many rows that has moved from where a draw row by row, blind to repeated texts, would have put them)."""
+    drawn: Counter[int] = Counter()
+    by_row: dict[int, bool] = {}  # is it a test row of the blind draw?
+    groups: dict[str, list[int]] = {}
+    for i in order:
+        by_row[i] = drawn[labels[i]] < want[labels[i]]
+        drawn[labels[i]] += 1
+        groups.setdefault(keys[i], []).append(i)
+    taken: Counter[int] = Counter()
+    test: set[str] = set()
+    for key, members in groups.items():
+        need = Counter(labels[i] for i in members)
+        if all(taken[c] + n <= want[c] for c, n in need.items()):
+            test.add(key)
+            taken += need
+    moved = sum((key in test) != by_row[i] for key, members in groups.items() if len({by_row[i] for i in members}) > 1 for i in members)
+    return groups, test, moved
+
+
 def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | None, titles: Sequence[str] = (), *,
                 train_per_class: int, test_per_class: int, min_class_size: int = 0, seed: int = 42) -> Task:
     """Draw a task's rows, once and for all: the same for every model and seed.
@@ -940,45 +962,32 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
     keys = {i: text_key(rows[i][0]) for i in order}
     train: Rows = []
     test: Rows = []
-    taken: Counter[tuple[str, int]] = Counter()  # (side, class) -> rows so far
-    by_row: dict[int, str] = {}  # where a draw row by row, blind to repeated texts, would have put each row
+    test_titles: frozenset[str] = frozenset()
     if test_rows is None:
         want = {c: test_per_class or max(1, sizes[c] // 5) for c in kept}
-        drawn: Counter[int] = Counter()
-        groups: dict[str, list[int]] = {}
-        for i in order:
-            c = rows[i][1]
-            by_row[i] = "test" if drawn[c] < want[c] else "train"
-            drawn[c] += 1
-            groups.setdefault(keys[i], []).append(i)
-        side = {}
-        for key, members in groups.items():
-            need_of = Counter(rows[i][1] for i in members)
-            fits = all(taken["test", c] + n <= want[c] for c, n in need_of.items())
-            side[key] = "test" if fits else "train"
-            if fits:
-                taken.update({("test", c): n for c, n in need_of.items()})
-                test += [(rows[i][0], new[rows[i][1]]) for i in members]
-        moved = sum(side[keys[i]] != by_row[i] for key, m in groups.items() if len({by_row[i] for i in m}) > 1 for i in m)
-        test_titles = frozenset(titles[i].casefold() for i in order if side[keys[i]] == "test") if titles else frozenset()
+        groups, test_keys, moved = split_by_text(order, [label for _, label in rows], keys, want)
+        test = [(rows[i][0], new[rows[i][1]]) for key in groups if key in test_keys for i in groups[key]]
+        if titles:
+            test_titles = frozenset(titles[i].casefold() for i in order if keys[i] in test_keys)
         note = f"{moved} rows moved so that no text is on both sides"
     else:
+        taken: Counter[int] = Counter()
         for i in rng.permutation(len(test_rows)):
             text, c = test_rows[i]
-            if c in new and (not test_per_class or taken["test", c] < test_per_class):
-                taken["test", c] += 1
+            if c in new and (not test_per_class or taken[c] < test_per_class):
+                taken[c] += 1
                 test.append((text, new[c]))
         test_keys = {text_key(text) for text, _ in test}
-        side = {key: "test" if key in test_keys else "train" for key in keys.values()}
-        test_titles = frozenset()
-        note = f"{sum(side[key] == 'test' for key in keys.values())} training rows left out that are test texts too"
+        note = f"{sum(key in test_keys for key in keys.values())} training rows left out that are test texts too"
+    drawn: Counter[int] = Counter()
     for i in order:
         c = rows[i][1]
-        if side[keys[i]] == "train" and (not train_per_class or taken["train", c] < train_per_class):
-            taken["train", c] += 1
+        if keys[i] not in test_keys and (not train_per_class or drawn[c] < train_per_class):
+            drawn[c] += 1
             train.append((rows[i][0], new[c]))
+    tested = Counter(label for _, label in test)
     for c in kept:
-        if taken["train", c] < max(1, train_per_class) or taken["test", c] < test_per_class:
+        if drawn[c] < max(1, train_per_class) or tested[new[c]] < test_per_class:
             raise InputError(f"task {name}: class {classes[c]!r} has too few different texts for {train_per_class} + "
                              f"{test_per_class} rows; lower --train-per-class or --test-per-class")
     if len(kept) < len(classes):

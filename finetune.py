@@ -379,7 +379,7 @@ def finetune_twins(task: Task, label: str, starts: list[Start], recipe: Finetune
     return runs
 
 
-def main() -> None:
+def command_line() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="with --predict or --export: a finished run under runs/finetune/")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN",
@@ -395,7 +395,11 @@ def main() -> None:
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, FinetuneRecipe, PRESETS, "recipe")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = command_line().parse_args()
     hardware = choose_hardware(args.device, args.dtype)
     if args.predict is not None or args.predict_file:
         if not args.run:
