@@ -322,14 +322,19 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
     with file_lock(path.with_name(path.name + ".lock"), wait=True), full_disk_named(part, size or 0):
         if path.exists():  # fetched by another process while this one waited
             return path
-        fetched = _with_retries(url, path, attempt)
-        digest = hashlib.new(name)
-        with open(fetched, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        got = (fetched.stat().st_size if size is not None else None, digest.hexdigest() if wanted else None)
-        if got != (size, wanted):
+        while True:
+            resumed = wanted and part.exists()
+            fetched = _with_retries(url, path, attempt)
+            digest = hashlib.new(name)
+            with open(fetched, "rb") as file:
+                while piece := file.read(1 << 20):
+                    digest.update(piece)
+            got = (fetched.stat().st_size if size is not None else None, digest.hexdigest() if wanted else None)
+            if got == (size, wanted):
+                break
             fetched.unlink()
+            if resumed and fetched == part:
+                continue  # its beginning may have been another version's: once more, from the start
             raise InputError(f"{url} gave a wrong file (size, {name}: {got} instead of {(size, wanted)}), now deleted: "
                              f"try again, or put the right file at {path} by hand")
         os.replace(fetched, path)

@@ -158,6 +158,12 @@ def test_part_is_not_continued_where_no_hash_could_tell_a_mixture(server, tmp_pa
     assert server.requests[0].range is None
 
 
+def test_part_of_another_version_is_fetched_again_from_the_start(server, tmp_path):
+    (tmp_path / "f.bin.part").write_bytes(b"old" * 1000)
+    assert fetch(server, tmp_path).read_bytes() == BODY
+    assert [request.range for request in server.requests] == ["bytes=3000-", None] and left_in(tmp_path) == ["f.bin"]
+
+
 def test_whole_part_is_kept(server, tmp_path):
     (tmp_path / "f.bin.part").write_bytes(BODY)
     assert fetch(server, tmp_path).read_bytes() == BODY
