@@ -162,11 +162,11 @@ def claim_4(cells: dict[str, Cell]) -> str:
                   "calibration error: bert-6", "member", "committee"], rows)
     verdicts = "; ".join(f"{title} {against(c.tasks[task]['against_deep'])}" for task, title in TASKS.items())
     text += f"\n\nCommittee of {len(votes)} minus bert-6 (95 % bootstrap over test rows, one seed): {verdicts}."
-    if conv := cells.get("conv"):
-        values, gaps = conv.accuracies("fewrel", "bert-1-conv3", "pretrained"), conv.gaps("fewrel", "bert-1-conv3")
-        text += (f"\n\nThree BERT-1s with a convolutional stem (bert-1-conv3) on FewRel: {with_interval(values)} %, gap "
-                 f"{with_interval(gaps, sign=True)}; as a committee "
-                 f"{100 * conv.tasks['fewrel']['committee']['bert-1-conv3'][0][-1]:.1f} %.")
+    stems = {model: cells[name] for model, name in (("bert-1-conv3", "stem-with"), ("bert-1", "stem-without")) if name in cells}
+    if stems:
+        text += "\n\nThree members with a convolutional stem, and without, 300 steps, FewRel with 20 labels a class: " + "; ".join(
+            f"{m} {with_interval(s.accuracies('fewrel', m, 'pretrained'))} % (gap {with_interval(s.gaps('fewrel', m), sign=True)}), as a "
+            f"committee {100 * s.tasks['fewrel']['committee'][m][0][-1]:.1f} %" for m, s in stems.items()) + "."
     if mixed := cells.get("mixed"):
         part = mixed.tasks["fewrel"]
         (curve,) = part["committee"]["bert-1+bert-1-wide"]

@@ -84,7 +84,8 @@ def plan() -> list[dict]:
     cells += [cell(f"c2-passes-{n}", "C2", f"{n} articles, two passes", fewrel, articles=n, epochs=2) for n in SIZES]
     cells.append(cell("mixed", "C4", "three BERT-1s and three of twice the width in one committee", fewrel, deep=1, shallow=6,
                       flags="--member-model bert-1 bert-1-wide"))
-    cells.append(cell("conv", "C4", "three BERT-1s with a convolutional stem", fewrel, text=("conv",),
+    cells.append(cell("stem-without", "C4", "three BERT-1s, 300 steps, 20 labels a class", fewrel, steps=300, rows=20))
+    cells.append(cell("stem-with", "C4", "the same with a convolutional stem, which is slow on a CPU", fewrel, text=("conv",), steps=300, rows=20,
                       flags="--member-model bert-1-conv3"))
     return cells
 
