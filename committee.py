@@ -26,7 +26,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +115,7 @@ Unit = tuple[str, PretrainRecipe, int]  # what is trained: a named model, its re
 
 def planned(args: argparse.Namespace, recipe: PretrainRecipe) -> tuple[list[Unit], list[list[Unit]]]:
     """(the deep models, one a repeat; the members, K a repeat). Repeats have their own seeds, and share no member."""
-    deep_recipe = replace(recipe, steps=args.deep_steps or recipe.steps)
-    return ([(args.deep, deep_recipe, repeat) for repeat in range(args.repeats) if args.deep != "none"],
+    return ([(args.deep, recipe, repeat) for repeat in range(args.repeats) if args.deep != "none"],
             [[(args.member_model[k % len(args.member_model)], recipe, MEMBER_SEED + repeat * args.members + k)
               for k in range(args.members)] for repeat in range(args.repeats)])
 
@@ -261,7 +259,7 @@ def table_rows(models: dict[str, dict[str, list[float]]], right: Right, args: ar
     the interval is taken over."""
     rows: list[Row] = []
     for model, values in models.items():
-        label = model + (f", mean of {len(values['pretrained'])}" if model != args.deep else "")
+        label = model + (f", mean of {len(values['pretrained']) // args.seeds}" if model != args.deep else "")
         pretrained, scratch = (unit_values([values[kind][i : i + args.seeds] for i in range(0, len(values[kind]), args.seeds)])
                                for kind in KINDS)
         rows.append((label, pretrained, scratch))
@@ -287,16 +285,16 @@ def contenders(deep: Sequence[Path], members: Sequence[Path], args: argparse.Nam
     """Who is timed: the deep model (if there is one), the slowest member, and the committee. deep, members: fine-tuned runs."""
     classifiers = [hardware.for_inference(load_classifier(member)) for member in members]
     slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    return {**{args.deep: hardware.for_inference(load_classifier(folder)) for folder in deep[:1]},
+    return {**{args.deep: hardware.for_inference(load_classifier(folder)) for folder in deep},
             "member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
 
 
 def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe,
-               args: argparse.Namespace, hardware: Hardware) -> tuple[dict, dict]:
-    """Fine-tune every model and its twin on a task, vote, time, print the table.
+               args: argparse.Namespace, hardware: Hardware) -> tuple[dict, list[Path], list[Path]]:
+    """Fine-tune every model and its twin on a task, vote, print the table.
 
     deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat.
-    Returns (the task's part of results.json, latencies).
+    Returns (the task's part of results.json; the first deep model's fine-tuned run, if any; the first committee's).
     """
     tables = TaskTables.make(task, tokenizer, config_of(member_runs[0][0]).max_length, args.runs_dir, hardware.device)
     deep: dict[str, list[list[Path]]] = {}  # kind -> fine-tuned runs, [repeat][fine-tuning seed]
@@ -331,12 +329,11 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
           + (f"; two members agree on {100 * quality['agreement']:.0f} % of the rows" if args.members > 1 else ""))
 
     first = [unit[0] for unit in groups["pretrained"][0]]  # the committee that is timed, and kept for --predict
-    latency = measure_latency(contenders([unit[0] for unit in deep["pretrained"]], first, args, hardware), tables, hardware)
     curves = {kind: [[float(k.mean()) for k in seed] for repeat in right[kind] for seed in repeat] for kind in KINDS}
     return {"models": models, "committee": {name: curves["pretrained"]}, "committee_scratch": {name: curves["scratch"]}, "table": rows,
             "tokens": int(np.median(tables.test.lengths)), "classes": len(task.classes), "train_rows": len(task.train),
             "test_rows": len(task.test), "note": task.note, "voters": [folder.name for folder in first], "train_loss": last_loss,
-            "quality": quality, **result}, latency
+            "quality": quality, **result}, [unit[0] for unit in deep["pretrained"][:1]], first
 
 
 def print_prices(latency: dict[str, dict[str, float]], prices: dict[str, dict[str, float]], task: str, tokens: int) -> None:
@@ -349,10 +346,10 @@ def print_prices(latency: dict[str, dict[str, float]], prices: dict[str, dict[st
     print(f"(member: the slowest one, the committee's critical path with a device for each; operations: for {tokens} tokens)")
 
 
-def load_committee(folder: Path, task: Sequence[str] | None, hardware: Hardware) -> Predictor:
-    """The finished committee of a folder under runs/committee/, for one of its tasks (the first, where none is named)."""
+def load_committee(folder: Path, task: str, hardware: Hardware) -> Predictor:
+    """The finished committee of a folder under runs/committee/, for one of its tasks ("": the first)."""
     tasks = read_json(folder / "results.json").get("tasks", {})
-    name = task[0] if task else next(iter(tasks), "")
+    name = task or next(iter(tasks), "")
     if "voters" not in tasks.get(name, {}):
         raise InputError(f"{folder}: no committee for task {name!r} in it; it has {', '.join(tasks) or 'none'}")
     members = [folder.resolve().parent.parent / "finetune" / voter for voter in tasks[name]["voters"]]
@@ -367,7 +364,6 @@ def command_line() -> Parser:
     group.add_argument("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="MODEL",
                        help=f"of the members, taken in turn if several (default bert-1); one of {', '.join(MODELS)}")
     group.add_argument("--deep", choices=(*MODELS, "none"), default="bert-6", help="the model to reach (default %(default)s)")
-    group.add_argument("--deep-steps", type=number(0), default=0, metavar="N", help="pre-training steps of the deep model, if others")
     group.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
     group.add_argument("--repeats", type=number(1), default=1, metavar="N",
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
@@ -407,8 +403,10 @@ def train_and_judge(args: argparse.Namespace) -> None:
     member_runs = [[pretrain_unit(unit, corpus, args, hardware, args.fresh) for unit in group] for group in members]
     results = {task.name: judge_task(task, corpus.tokenizer, deep_runs, member_runs, finetune_recipe, args, hardware) for task in tasks}
 
-    latency = results[tasks[0].name][1]
-    tokens = results[tasks[0].name][0]["tokens"]
+    result, deep_one, voters = results[tasks[0].name]
+    tokens = result["tokens"]
+    tables = TaskTables.make(tasks[0], corpus.tokenizer, config_of(member_runs[0][0]).max_length, args.runs_dir, hardware.device)
+    latency = measure_latency(contenders(deep_one, voters, args, hardware), tables, hardware)
     all_members = [price(config_of(c), tokens, len(tasks[0].classes)) for c in member_runs[0]]
     prices = {args.deep: price(config_of(run), tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
     prices["member"] = max(all_members, key=lambda p: p["operations"])
@@ -420,14 +418,14 @@ def train_and_judge(args: argparse.Namespace) -> None:
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}
                    for c in [*deep_runs, *sum(member_runs, [])]}
-    record = result_record(settings, seconds, tasks={name: part for name, (part, _) in results.items()}, latency_ms=latency,
+    record = result_record(settings, seconds, tasks={name: part for name, (part, *_) in results.items()}, latency_ms=latency,
                            price=prices, pretraining=pretraining, jobs=jobs, hardware=hardware.reason)
     folder = args.runs_dir / "committee" / f"{'-'.join(t.name for t in tasks)}-{settings_hash(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder / "results.json", *([args.out] if args.out else [])):
         write_json(path, record)
     if args.plot:
-        plot_accuracies({name: part["table"] for name, (part, _) in results.items()}, folder / "accuracies.png")
+        plot_accuracies({name: part["table"] for name, (part, *_) in results.items()}, folder / "accuracies.png")
     print(f"\n{folder / 'results.json'} written; {seconds / 60:.1f} minutes in all (what was there already was not trained again)")
     if tasks[0].name == "topics":
         print("next, on the paper's data: python committee.py --task fewrel --wiki simplewiki --articles-count 20000")
@@ -438,7 +436,8 @@ def main() -> None:
     if args.predict is not None or args.predict_file:
         if not args.run:
             raise InputError("--predict needs the folder of a finished committee, under runs/committee/")
-        answer(args, load_committee(args.run, args.task, choose_hardware(args.device, args.dtype)))
+        task = args.task[0] if args.task else args.task_file[0].stem if args.task_file else ""
+        answer(args, load_committee(args.run, task, choose_hardware(args.device, args.dtype)))
         return
     if args.run:
         raise InputError(f"{args.run}: a committee's folder is named with --predict")

@@ -661,10 +661,10 @@ def text_lines(path: Path) -> Generator[str, None, None]:
 
 def read_article_file(path: Path) -> Iterator[Article]:
     """Articles of a .jsonl[.gz] file ({"title", "text"} a line), a .txt[.gz] file (parted by blank lines) or a dump."""
-    name = path.name.lower().removesuffix(".gz")
-    if name.endswith((".xml", ".xml.bz2")):
+    if path.name.lower().endswith((".xml", ".xml.bz2")):
         yield from read_dump(path)
         return
+    name = path.name.lower().removesuffix(".gz")
     if not name.endswith((".jsonl", ".txt")):
         raise InputError(f"{path}: article files end in .jsonl, .txt (each may be .gz), .xml or .xml.bz2")
     number, paragraphs = 0, []
@@ -767,7 +767,7 @@ def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -
     # from a wiki the articles come in a random order already, of which a smaller count sees the beginning
     order = np.arange(len(pool)) if args.wiki and not args.articles else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
     held_out = 1_000 if args.wiki and not args.articles else min(1_000, len(pool) // 20)
-    count = args.articles_count or (20_000 if args.wiki else len(pool) - held_out)
+    count = args.articles_count or (20_000 if args.wiki and not args.articles else len(pool) - held_out)
     if not 0 < count <= len(pool) - held_out or not held_out:
         raise InputError(f"--articles-count {count}: there are {len(pool)} distinct articles, "
                          f"{held_out} of them held out; at least 20 are needed in all")
@@ -897,6 +897,8 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str
 
 def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None, list[str]]:
     """A user's own CSV file(s), `label,text` under a header: training rows and, if a second is given, test rows."""
+    if len(paths) > 2:
+        raise InputError(f"--task-file {' '.join(map(str, paths))}: takes a training file and at most one test file")
     parts: list[list[tuple[str, str]]] = []
     for path in paths:
         try:
@@ -1152,6 +1154,8 @@ class Corpus:
 def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus:
     """What pre-training reads, as the command line chose it: the articles, or an arm of them (--arm)."""
     corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
+    if corpus.tokenizer.vocab_size != vocab_size:  # --prepared, --tokenizer
+        print(f"note: the tokenizer given has {corpus.tokenizer.vocab_size} pieces; --vocab-size {vocab_size} has no say", flush=True)
     if not args.arm:
         return corpus
     if args.arm in ("shuffled", "unigram"):
@@ -1279,7 +1283,7 @@ def select_arm(table: TokenTable, scores: np.ndarray, wikis: Sequence[str], arm:
     share in every arm. Raises InputError where there are too few."""
     candidates = np.flatnonzero(table.lengths == full)
     if count > len(candidates) // 2:
-        raise InputError(f"--count {count}: only {len(candidates)} articles fill {full} tokens, and an arm may take at "
+        raise InputError(f"--arm-count {count}: only {len(candidates)} articles fill {full} tokens, and an arm may take at "
                          f"most half of them ({len(candidates) // 2})")
     names = np.array(wikis)[candidates]
     rng = np.random.default_rng(SPLIT_SEED)
@@ -1415,7 +1419,7 @@ def main() -> None:
     group = parser.add_argument_group("encode and overlap")
     group.add_argument("--out", type=Path, metavar="DIR", help="encode: keep tokenizer, token tables and tasks in the new folder DIR, for "
                        "--prepared (and DIR/tokenizer.model for --tokenizer)")
-    group.add_argument("--vocab-size", type=int, default=8_000, help="of a newly trained tokenizer (default %(default)s)")
+    group.add_argument("--vocab-size", type=int, default=4_000, help="of a newly trained tokenizer (default %(default)s, as quick's)")
     group.add_argument("--max-length", type=int, default=128, help="tokens of an article (default %(default)s)")
     args = parser.parse_args()
     if args.prepared and args.action != "list":

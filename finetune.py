@@ -100,7 +100,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
     of the test rows. A finished run is not trained again.
 
     checkpoint: a pre-training run, or None for its twin from scratch. The twin begins at N(0, init_std), and its tables learn at the
-    full rate, since they hold nothing to spare; both are better for it (results/recipe-search.json). wait: as for pretrain.
+    full rate, since they hold nothing to spare; for BERT-6 that start is better, for BERT-1 level (results/recipe-search.json). wait: as for pretrain.
     """
     if checkpoint is None:
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
@@ -337,7 +337,8 @@ def answer(args: argparse.Namespace, predictor: Predictor) -> None:
                 show([line.rstrip("\n")])
     else:
         try:
-            show(args.predict_file.read_text(encoding="utf-8-sig").splitlines())
+            with open(args.predict_file, encoding="utf-8-sig") as file:
+                show([line.rstrip("\n") for line in file])
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{args.predict_file}: cannot be read ({error})") from None
 
@@ -387,7 +388,7 @@ def command_line() -> Parser:
     parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="also train the twin from scratch")
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
     parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
-    parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds 0..N-1 (default %(default)s)")
+    parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
     parser.add_argument("--confusion", action="store_true", help="also print the most confused classes, with test texts")
     parser.add_argument("--plot", action="store_true", help="also draw the accuracies, beside the table's .json (needs matplotlib)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write RUN as a Hugging Face model folder DIR")

@@ -43,7 +43,7 @@ class BertConfig:
     heads: int = 12
     max_length: int = 128  # rows of the position table
     dropout: float = 0.1  # on embeddings, block outputs and the classifier's input
-    attention_dropout: float = 0.1  # on attention weights; above 0 it costs a CPU its flash attention
+    attention_dropout: float = 0.1  # on attention weights; authors' value; quick has none
     norm: str = "post"  # "post": BERT. "pre": norm inside the residual branch, and once at the end (MegatronBert)
     norm_eps: float = 1e-12
     init_std: float = 0.02

@@ -8,6 +8,7 @@ once), so their order matters for the minutes alone. Predicted from rates measur
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -85,12 +86,13 @@ def plan() -> list[dict]:
     cells.append(cell("mixed", "C4", "three BERT-1s and three of twice the width in one committee", fewrel, deep=1, shallow=6,
                       flags="--member-model bert-1 bert-1-wide"))
     cells.append(cell("stem-without", "C4", "three BERT-1s, 300 steps, 20 labels a class", fewrel, steps=300, rows=20))
-    cells.append(cell("stem-with", "C4", "the same with a convolutional stem, which is slow on a CPU", fewrel, text=("conv",), steps=300, rows=20,
+    cells.append(cell("stem-with", "C4", "the same with a convolutional stem, slow on a CPU", fewrel, text=("conv",), steps=300, rows=20,
                       flags="--member-model bert-1-conv3"))
     return cells
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     source = SOURCE.partition(" --tokenizer")[0]
     encode = f"python data.py encode {source} --articles-count {max(SIZES)} --vocab-size 4000 --out {PREPARED}"
     cells = [{"name": "encode", "claim": "", "question": "one tokenizer for the whole study", "command": encode, "minutes": 5.0}, *plan()]

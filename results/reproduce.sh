@@ -96,7 +96,7 @@ python committee.py --task fewrel --articles 'data/wikipedia/articles-*.jsonl.gz
 # C4: three BERT-1s, 300 steps, 20 labels a class (about 2 minutes)
 python committee.py --task fewrel --articles 'data/wikipedia/articles-*.jsonl.gz' --raw-dir data --runs-dir runs/study --min-class-size 694 --tokenizer runs/study/prepared/tokenizer.model --articles-count 90000 --steps 300 --repeats 1 --members 3 --deep none --train-per-class 20 --test-per-class 70 --out results/study/stem-without.json
 
-# C4: the same with a convolutional stem, which is slow on a CPU (about 15 minutes)
+# C4: the same with a convolutional stem, slow on a CPU (about 15 minutes)
 python committee.py --task fewrel --articles 'data/wikipedia/articles-*.jsonl.gz' --raw-dir data --runs-dir runs/study --min-class-size 694 --tokenizer runs/study/prepared/tokenizer.model --articles-count 90000 --steps 300 --repeats 1 --members 3 --deep none --train-per-class 20 --test-per-class 70 --member-model bert-1-conv3 --out results/study/stem-with.json
 
 # Figures and README's tables, from what is there
