@@ -100,7 +100,8 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
     of the test rows. A finished run is not trained again.
 
     checkpoint: a pre-training run, or None for its twin from scratch. The twin begins at N(0, init_std), and its tables learn at the
-    full rate, since they hold nothing to spare; for BERT-6 that start is better, for BERT-1 level (results/recipe-search.json). wait: as for pretrain.
+    full rate, since they hold nothing to spare; for BERT-6 that start is better, for BERT-1 level (results/recipe-search.json).
+    wait: as for pretrain.
     """
     if checkpoint is None:
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
