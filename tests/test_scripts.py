@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import re
@@ -85,11 +86,11 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     run_folder = next((material / "runs/finetune").glob("train-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
     assert answer["label"] in ("brazil", "france", "japan") and sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
-    (material / "lines.txt").write_text("one\n\nthree é\n", encoding="utf-8")
+    (material / "lines.txt").write_text("one\n\nthree\x0cé\n", encoding="utf-8")
     answers = [json.loads(line) for line in run("finetune.py", "--predict-file", material / "lines.txt", run_folder).splitlines()]
-    assert [a["text"] for a in answers] == ["one", "", "three é"]
+    assert [a["text"] for a in answers] == ["one", "", "three\x0cé"]
     shown = subprocess.run([sys.executable, str(ROOT / "finetune.py"), "--predict-file", "-", str(run_folder)], check=True,
-                           input="one\n\nthree é\n".encode(), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+                           input="one\n\nthree\x0cé\n".encode(), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert [json.loads(line) for line in shown.stdout.decode("utf-8").splitlines()] == answers  # whatever the terminal's encoding
 
 
@@ -213,6 +214,8 @@ def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
     hardware = choose_hardware("cpu")
     voters = [Predictor(folder, hardware)([text])[0] for folder in (material / "runs-member/finetune").glob("train-bert*")]
     assert len(voters) == 2 and voted == {name: pytest.approx((voters[0][name] + voters[1][name]) / 2, abs=2e-4) for name in voted}
+    own = ["--task-file", material / "train.csv"]
+    assert json.loads(run("committee.py", "--predict", text, committee, *own))["probabilities"] == voted
     assert "no committee for task 'agnews'" in run("committee.py", "--predict", text, committee, "--task", "agnews", status=2)
 
 
@@ -291,6 +294,9 @@ def test_data_script(material: Path) -> None:
     (["finetune.py", "--task", "fewrell"], "did you mean fewrel?"),
     (["pretrain.py", "--articles", "ARTICLES", "--micro-batch", "-1"], "--micro-batch -1: must lie in"),
     (["committee.py", "--articles", "ARTICLES", "--deep", "bert-1"], "is a member too"),
+    (["finetune.py", "--task-file", "TRAIN", "TRAIN", "TRAIN", "--articles", "ARTICLES"], "at most one test file"),
+    (["pretrain.py", "--articles", "PACKED"], "d.xml.gz: article files end in"),
+    (["pretrain.py", "--articles", "ARTICLES", "--wiki", "simplewiki", "--articles-count", "9999"], "--articles-count 9999: there are"),
     (["finetune.py", "--task-file", "TRAIN", "--articles", "ARTICLES", "--width", "100", "--preset", "smoke"], "--width: width 100"),
     (["finetune.py", "--task-file", "ARTICLES", "--articles", "ARTICLES"], "line 1"),
     (["committee.py", "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW"], "--min-class-size"),
@@ -299,7 +305,9 @@ def test_data_script(material: Path) -> None:
     (["results/ablate.py", "--arms", '{"a": {"heads": 2, "wdith": 64}}', "--out", "x.json"], "wdith: 64 is no setting"),
 ])
 def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str], message: str) -> None:
-    names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw", "EMPTY": material / "empty"}
+    names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw", "EMPTY": material / "empty",
+             "PACKED": material / "d.xml.gz"}
+    names["PACKED"].write_bytes(gzip.compress(b"<mediawiki></mediawiki>"))
     if message == "--device cpu" and __import__("torch").cuda.is_available():
         pytest.skip("there is a GPU")
     extra = [] if arguments[0] == "data.py" else ["--runs-dir", material / "runs"]
