@@ -130,6 +130,10 @@ def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Ite
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+    except RuntimeError as error:
+        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # torch.save covers Ctrl-C, too, with an error of its own
+            raise error.__context__ from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

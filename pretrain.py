@@ -711,8 +711,10 @@ def train(run: Run, model: nn.Module, recipe: Optimisation, hardware: Hardware, 
                       "from there", file=sys.stderr)
             if told:
                 sys.exit(128 + told)
-    seconds = time.perf_counter() - started
-    run.save(step, model, [], tokens=tokens, seconds=seconds, record=record, tail=[tail_loss, tail_steps])
+        seconds = time.perf_counter() - started
+        run.save(step, model, [], tokens=tokens, seconds=seconds, record=record, tail=[tail_loss, tail_steps])
+        if told := agree(stop[0] if stop else 0):  # it came in the last step, or while that was saved
+            sys.exit(128 + told)
     model.eval()
     return {**record, "train_loss": tail_loss / max(1, tail_steps), "steps": step, "tokens": tokens, "seconds": seconds}
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import errno
+import io
 import json
 import os
 import pickle
 import random
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,7 @@ import torch
 import data
 import finetune as finetuning
 import pretrain as pretraining
-from data import Corpus, DeviceTable, InputError, Task, TokenTable, load_table, make_table
+from data import Corpus, DeviceTable, InputError, Task, TokenTable, load_table, make_table, write_atomically
 from finetune import Predictor, TaskTables, finetune, run_accuracy, run_probabilities
 from material import articles, small_tokenizer
 from pretrain import PRESETS, Hardware, load_checkpoint, load_pretrained, load_tensors, pretrain, read_json
@@ -126,6 +129,40 @@ def test_what_a_killed_process_left_of_a_token_table_goes(tmp_path: Path) -> Non
     (left / "tokens.bin").write_bytes(b"cut")
     assert len(make_table(["a river of france"], small_tokenizer(), 16, tmp_path, "x")) == 1
     assert made.exists() and not left.exists()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
+def test_an_interruption_inside_torch_save_stays_one(tmp_path: Path, stop: type[BaseException] | BaseException) -> None:
+    """PyTorch's writer turns it into a RuntimeError of its own."""
+    class Interrupted(io.BytesIO):
+        def write(self, content: Any) -> int:
+            if self.tell() > 1_000:
+                super().write(content[: len(content) // 2])
+                raise stop
+            return super().write(content)
+
+    with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else SystemExit), write_atomically(tmp_path / "last.pt"):
+        torch.save({"a": torch.zeros(1000)}, Interrupted())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_while_the_last_checkpoint_is_written(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = pretraining.Run.save
+
+    def save(run: pretraining.Run, step: int, model: torch.nn.Module, optimizers: list, **more: Any) -> None:
+        if not optimizers:
+            signal.raise_signal(signal.SIGINT)
+        original(run, step, model, optimizers, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretraining.Run, "save", save)
+        with pytest.raises(SystemExit) as ended:
+            pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    assert ended.value.code == 130 and load_checkpoint(tmp_path / "pretrain/run")["step"] == RECIPE.steps
+    stamp = (tmp_path / "pretrain/run/log.jsonl").read_text(encoding="utf-8")
+    pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    assert (tmp_path / "pretrain/run/results.json").exists()
+    assert (tmp_path / "pretrain/run/log.jsonl").read_text(encoding="utf-8") == stamp, "it was trained again"
 
 
 @pytest.mark.parametrize("where", ["write_bytes", "replace"])
