@@ -139,14 +139,16 @@ def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Ite
 
 
 @contextmanager
-def folder_when_whole(path: Path) -> Iterator[Path]:
-    """A new folder that gets the name `path` only when all is in it. For one process at a time (file_lock): what a killed one left goes."""
+def folder_when_whole(path: Path, needed: int = 0) -> Iterator[Path]:
+    """A new folder that gets the name `path` only when all is in it. For one process at a time (file_lock): what a killed one left goes.
+    Raises InputError if the disk is full, which tells how many bytes are `needed`, if known."""
     part = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, path)
+        with full_disk_named(path, needed):
+            part.mkdir(parents=True)
+            yield part
+            os.replace(part, path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -1068,9 +1070,9 @@ def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, fold
     path = folder / f"{name}-{digest.hexdigest()[:16]}"
     if path.exists():
         return load_table(path)
-    with file_lock(folder / "lock", wait=True), full_disk_named(path, 2 * max_length * len(texts)):  # at most
+    with file_lock(folder / "lock", wait=True):
         if not path.exists():  # else another process made it while this one waited
-            with folder_when_whole(path) as part:
+            with folder_when_whole(path, needed=2 * max_length * len(texts)) as part:  # at most
                 lengths: list[int] = []
                 with open(part / "tokens.bin", "wb") as file:
                     for start in range(0, len(texts), 2_000):
