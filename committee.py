@@ -145,14 +145,15 @@ def end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def work(queue: multiprocessing.SimpleQueue, errors: multiprocessing.SimpleQueue, lock: object, threads: int, units: list[Unit],
-         corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe, args: argparse.Namespace) -> None:
-    """What one of several processes does: take the next job, (number of a unit, None) for pre-training or (number of a unit, (number
-    of a task, with or without pre-training)), until there is none. What bad input has to say goes to `errors`."""
+def work(material: multiprocessing.SimpleQueue, queue: multiprocessing.SimpleQueue, errors: multiprocessing.SimpleQueue, lock: object,
+         threads: int) -> None:
+    """What one of several processes does: take what all need, then the next job, (number of a unit, None) for pre-training or (number
+    of a unit, (number of a task, with or without pre-training)), until there is none. What bad input has to say goes to `errors`."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)
     try:
+        units, corpus, tasks, recipe, args = material.get()
         hardware = choose_hardware(args.device, args.dtype)
         while (job := queue.get()) is not None:
             number, then = job
@@ -184,28 +185,37 @@ def train_member(number: int, deep: list[Unit], members: list[Unit], corpus: Cor
     print("next: the other members (--member), then the same command without --member")
 
 
-def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, tasks: list[Task], *material) -> None:
+def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe,
+                      args: argparse.Namespace) -> None:
     """Pre-train the units, then fine-tune each and its twin on every task, in several processes, which share the threads:
     models this small do not know what to do with two. The first units are begun first, and should be the slowest.
 
-    material: as work takes it. A signal is passed on: each process saves its checkpoint and ends, and so does this one.
-    Raises InputError where a process did, or was killed.
+    A signal is passed on: each process saves its checkpoint and ends, and so does this one. Raises InputError where a process did,
+    or was killed.
     """
     jobs: list[tuple[int, tuple[int, bool] | None]] = [(unit, None) for unit in range(len(units))]
     jobs += [(unit, (task, pretrained)) for unit in range(len(units)) for task in range(len(tasks)) for pretrained in (True, False)]
     context = multiprocessing.get_context("spawn")
-    queue, errors, lock = context.SimpleQueue(), context.SimpleQueue(), context.RLock()
+    material, queue, errors, lock = context.SimpleQueue(), context.SimpleQueue(), context.SimpleQueue(), context.RLock()
+
+    def hand_out() -> None:
+        """In a thread, which may be left waiting for a process that is killed before it has taken its part; as arguments of the
+        process, `start` would."""
+        for _ in range(processes_wanted):
+            material.put((units, corpus, tasks, recipe, args))
+        for job in [*jobs, *[None] * processes_wanted]:
+            queue.put(job)
+
     processes: list[multiprocessing.process.BaseProcess] = []
     failed: list[int] = []
     with stop_signals() as stop:
         for line in range(processes_wanted):
             os.environ["TQDM_POSITION"] = str(line)  # read by tqdm in the new process: a line for each bar
             processes.append(context.Process(target=work, daemon=True, args=(
-                queue, errors, lock, max(1, torch.get_num_threads() // processes_wanted), units, corpus, tasks, *material)))
+                material, queue, errors, lock, max(1, torch.get_num_threads() // processes_wanted))))
             processes[-1].start()
         del os.environ["TQDM_POSITION"]
-        for job in [*jobs, *[None] * processes_wanted]:
-            queue.put(job)
+        threading.Thread(target=hand_out, daemon=True).start()
         while alive := [p for p in processes if p.is_alive()]:
             failed = failed or [p.exitcode for p in processes if p.exitcode]  # the first to fail, before others are told to end
             if stop or failed:

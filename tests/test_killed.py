@@ -202,6 +202,21 @@ def test_killed_committee_gives_the_same_table(material: Path) -> None:
     assert table(a) == table(b)
 
 
+def test_a_process_killed_as_it_starts(material: Path) -> None:
+    """It has not read yet what the parent sends, which must not wait for it for ever."""
+    job = Job(material, "early-child", ["committee.py", "--task-file", str(material / "train.csv"), str(material / "test.csv"), "--members", "2",
+                                        "--deep", "none", "--jobs", "2"])
+    process = job.start()
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    found: list[str] = []
+    while process.poll() is None and not found:
+        time.sleep(0.001)
+        found = [pid for pid in children.read_text(encoding="ascii").split()
+                 if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()] if children.exists() else []
+    os.kill(int(found[0]), signal.SIGKILL)
+    assert process.wait(timeout=60) == 2 and "ended with status -9" in job.shown(), job.shown()
+
+
 @pytest.mark.slow
 def test_killed_many_times(material: Path) -> None:
     kills, figures = COUNT or 25, {}
