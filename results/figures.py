@@ -260,20 +260,13 @@ def ablation(cells: dict[str, Cell]) -> str:
               "from scratch, %"]
     return table(header, [
         [name, with_interval(arm["held_out_loss"], digits=2), leaves(arm), percent(arm, "pretrained"), percent(arm, "scratch")]
-        for name, _, arm in arms_of("recipe-ablation.json")])
+        for name, _, arm in arms_of("recipe-ablation*.json")])
 
 
 def one_minute(cells: dict[str, Cell]) -> str:
     rows = [[name, with_interval(arm["held_out_loss"], digits=2), percent(arm, "pretrained")]
             for name, _, arm in arms_of("recipe-minute-*.json")]
     return table(["BERT-1, embedded default, one minute on one core", "held-out loss, nats", "`topics`, %"], rows)
-
-
-def real_minute(cells: dict[str, Cell]) -> str:
-    header = ["one minute on one core", "", "held-out loss, nats", "off the plateau after, s", "FewRel, %"]
-    rows = [[model, name, with_interval(arm["held_out_loss"], digits=2), leaves(arm), percent(arm, "pretrained")]
-            for name, model, arm in arms_of("recipe-real-minute-*.json")]
-    return table(header, rows) if rows else MISSING
 
 
 def half_hour(cells: dict[str, Cell]) -> str:
@@ -438,7 +431,7 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "compute": compute,
-            "ablation": ablation, "minute": one_minute, "real-minute": real_minute, "half-hour": half_hour, "speed": speed,
+            "ablation": ablation, "minute": one_minute, "half-hour": half_hour, "speed": speed,
             "growth": growth, "reliability": reliability}
 
 
