@@ -85,6 +85,7 @@ def test_slope_is_per_doubling_and_differences_say_when_they_are_noise(study: Pa
 
 def test_plan_is_what_the_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan.py"])
     plan.trained.clear()
     plan.main()
     for name in ("plan.json", "reproduce.sh"):
