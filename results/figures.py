@@ -282,7 +282,7 @@ def speed(cells: dict[str, Cell]) -> str:
     for path in sorted(HERE.glob("speed-*.json")):
         record = read_json(path)
         if "rows" not in record:
-            continue  # of --grow
+            continue  # of --grow, --profile
         rows = []
         for r in record["rows"]:
             limit = f" ({100 * r['share_of_limit']:.0f} % of the machine's limit)" if "share_of_limit" in r else ""
@@ -296,6 +296,11 @@ def speed(cells: dict[str, Cell]) -> str:
         texts.append(f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores; {record['hardware']}; texts of {given['task']}, "
                      f"a vocabulary of {given['vocab_size']:,}, {'few' if given['quick'] else 'many'} repetitions:\n\n"
                      + table(["", "ours", "the authors' way", "unit", "times faster", "aim"], rows))
+    for path in sorted(HERE.glob("speed-profile-*.json")):
+        shares = read_json(path)["profile"]
+        kinds = sorted(next(iter(shares.values())), key=lambda kind: -max(share.get(kind, 0) for share in shares.values()))
+        texts.append(f"Where a training step's time goes, in % ({path.name}):\n\n" + table(["", *kinds], [
+            [name, *(f"{100 * share.get(kind, 0):.0f}" for kind in kinds)] for name, share in shares.items()]))
     return "\n\n".join(texts) or MISSING
 
 
@@ -350,7 +355,7 @@ def reliability(cells: dict[str, Cell]) -> str:
             rows.append([part, f"{sum(sum(x.values()) for x in counts):,} cases", ", ".join(
                 f"{sum(x[key] for x in counts):,} {key}" for key in next(iter(counts)))])
     if peaks := record.get("bombs of 1000 MB: peak memory in MB"):
-        rows.append(["archives that unpack to 1,000 MB", ", ".join(peaks), f"refused or passed over, in {max(peaks.values())} MB at most"])
+        rows.append(["archives that unpack to 1,000 MB", "; ".join(peaks), f"refused or passed over, in {max(peaks.values())} MB at most"])
     if soak := record.get("soak"):
         rows.append(["the whole way from download to committee, with one random fault", f"{soak['cycles']} times",
                      f"{soak['survived']} survived, lost work {soak['lost work']}, wrong results {soak['wrong results']}"])

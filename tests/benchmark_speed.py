@@ -9,6 +9,7 @@ on masked positions only.
     python tests/benchmark_speed.py --quick                                    under 4 minutes on two cores
     python tests/benchmark_speed.py --task fewrel --articles 'data/wikipedia/*.jsonl.gz' --articles-count 90000 --raw-dir data
     python tests/benchmark_speed.py --grow                                     how cost grows; results/speed-growth-....json
+    python tests/benchmark_speed.py --profile                                  where a step's time goes; results/speed-profile-....json
 """
 
 from __future__ import annotations
@@ -412,7 +413,8 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
                 "preset": preset, "model": model, "parameters": parameters, "tokens_per_s": float(np.median(rates)), "memory_gb": memory,
                 "tokens": tokens, "hours": tokens / float(np.median(rates)) / 3600})
             print(f"{preset} {model}: {np.median(rates):.0f} tokens/s, {memory:.2f} GB", flush=True)
-    config, tables = named_config("bert-1", QUICK.width, vocab_size=4_000, max_length=LENGTH, norm="pre"), base.tables(64)
+    config = named_config("bert-1", QUICK.width, vocab_size=bench.corpus.tokenizer.vocab_size, max_length=LENGTH, norm="pre")
+    tables = bench.tables(64)
     classifiers = [bench.hardware.for_inference(Classifier(config, len(bench.task.classes))) for _ in range(16)]
     committees = {str(k): SoftCommittee(classifiers[:k]) for k in (1, 2, 4, 8, 16)}
     for k, t in measure_latency(committees, tables, bench.hardware, texts=20).items():
@@ -421,10 +423,35 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
     return result
 
 
+# -------------------------------------------------------------------------------------------------------- where the time goes
+KINDS = {"matrix products": "mm|linear|matmul|convolution", "softmax and loss": "softmax|nll|cross_entropy", "casts and copies": "copy_",
+         "optimizer": "adamw|optimizer|lerp", "GELU": "gelu", "LayerNorm": "layer_norm", "random draws": "random|bernoulli|aten::rand"}
+
+
+def profile(bench: Bench) -> dict[str, dict[str, float]]:
+    """Shares of the time of the presets' pre-training steps, by kind of operation, as PyTorch's profiler sees them."""
+    result: dict[str, dict[str, float]] = {}
+    for preset, recipe in (("paper", PAPER), ("quick", replace(QUICK, count_start=0.0))):
+        corpus = bench.corpus if preset == "paper" else small_vocabulary(bench.corpus, 4_000)
+        for model in ("bert-6", "bert-1"):
+            with torch.profiler.profile() as profiler:
+                our_pretraining(replace(bench, corpus=corpus), model, recipe, 3 if preset == "paper" else 30)
+            shares = result.setdefault(f"{preset}, {model}", {})
+            for event in profiler.key_averages():
+                kind = next((kind for kind, words in KINDS.items() if re.search(words, event.key.lower())), "everything else")
+                shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total
+            total = sum(shares.values())
+            for kind in shares:
+                shares[kind] /= total
+            print(f"{preset}, {model}: " + ", ".join(f"{kind} {100 * x:.0f} %" for kind, x in sorted(shares.items(), key=lambda i: -i[1])))
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: under 4 minutes on two cores")
     parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the table")
+    parser.add_argument("--profile", action="store_true", help="measure where a step's time goes, instead of the table")
     parser.add_argument("--vocab-size", type=int, default=30_522, help="pieces of the tokenizer (default %(default)s, the paper's)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--out", type=Path, help="default results/speed-cpu.json or results/speed-NAME-OF-GPU.json")
@@ -433,14 +460,16 @@ def main() -> None:
     args.preset, started = "quick", time.perf_counter()
     hardware = choose_hardware(args.device)
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if hardware.device.type == "cuda" else ""
-    out = args.out or ROOT / "results" / f"speed-{'growth-' if args.grow else ''}{gpu or 'cpu'}.json"
+    mode = "growth-" if args.grow else "profile-" if args.profile else ""
+    out = args.out or ROOT / "results" / f"speed-{mode}{gpu or 'cpu'}.json"
     os.environ["TQDM_DISABLE"] = "1"
     task = load_tasks(args)[0]
     corpus = load_corpus(args, [task], args.vocab_size, LENGTH)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(replace(corpus, train=full_length(corpus.train, 4_096), held_out=full_length(corpus.held_out, 8)), task, hardware,
                       Path(folder))
-        measured = {"growth": growth(bench, args.quick)} if args.grow else {"rows": all_rows(bench, 2 if args.quick else 3, args.quick, args)}
+        measured = {"growth": growth(bench, args.quick)} if args.grow else {"profile": profile(bench)} if args.profile else \
+            {"rows": all_rows(bench, 2 if args.quick else 3, args.quick, args)}
     record = result_record({"quick": args.quick, "task": task.name, "vocab_size": corpus.tokenizer.vocab_size},
                            time.perf_counter() - started, hardware=hardware.reason, **measured)
     write_json(out, record)
