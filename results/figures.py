@@ -331,6 +331,7 @@ def draw_growth(plt, record: dict):
             axes.set_xscale("log", base=2)
             axes.set_xticks([x["value"] for x in found], [str(x["value"]) for x in found])
             axes.minorticks_off()
+            axes.tick_params(axis="x", labelsize=8)
             axes.set_ylim(bottom=0)
             axes.set_ylabel({"texts_per_s": "texts/s, batches of 64", "ms": "ms for one text", "tokens_per_s": "training, tokens/s",
                              "memory_gb": "peak memory, GB"}[key])

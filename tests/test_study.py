@@ -48,10 +48,10 @@ def study(tmp_path: Path) -> Path:
 
 def test_tables_and_figures(study: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text("before\n" + "\n".join(f"<!--study:{name}-->\nold\n<!--end-->\nbetween" for name in figures.SECTIONS), encoding="utf-8")
+    readme.write_text("before\n" + "\n".join(f"<!--study:{name}-->\nstale table\n<!--end-->\nbetween" for name in figures.SECTIONS), encoding="utf-8")
     run("results/figures.py", "--study", study, "--figures", tmp_path / "figures", "--readme", readme)
     text = readme.read_text(encoding="utf-8")
-    assert "old" not in text and text.count("between") == len(figures.SECTIONS) and text.startswith("before")
+    assert "stale table" not in text and text.count("between") == len(figures.SECTIONS) and text.startswith("before")
     assert "| FewRel | bert-6 | 3 | 52.0 ± 5.0 | 41.0 ± 2.5 | +11.0 ± 2.5 |" in text  # gaps 10, 11, 12: 11 ± 4.303 / sqrt(3)
     assert "| equal steps | 90,000 |  | not yet measured |" in text
     assert "AG News +4.0 points" in text
