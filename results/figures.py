@@ -347,9 +347,12 @@ def reliability(cells: dict[str, Cell]) -> str:
     if not (HERE / "reliability.json").exists():
         return MISSING
     record = read_json(HERE / "reliability.json")
-    rows = [[f"{name.partition(',')[0]}.py{name.partition(',')[2] and ','}{name.partition(',')[2]} killed",
-             f"{x['kills']} times ({', '.join(f'{k} {v}' for k, v in sorted(x['where'].items()))})", "weights and optimizer bit-identical"
-             if x["bit-identical"] else "differed"] for name, x in record.get("killed", {}).items()]
+    rows = []
+    for name, x in record.get("killed", {}).items():
+        script, comma, threads = name.partition(",")
+        where = ", ".join(f"{k} {v}" for k, v in sorted(x["where"].items()))
+        rows.append([f"{script}.py{comma}{threads} killed", f"{x['kills']} times ({where})",
+                     "weights and optimizer bit-identical" if x["bit-identical"] else "differed"])
     for part in ("rubbish in files", "rubbish in command lines"):
         if part in record:
             counts = record[part].values()
