@@ -1103,14 +1103,6 @@ def load_table(path: Path) -> TokenTable:
     return TokenTable(tokens, offsets, meta)
 
 
-def occurrences(table: TokenTable, vocab_size: int, first: int = 0, last: int | None = None) -> Tensor:
-    """How often each token occurs in each of the texts first..last - 1 (all, if not said): (texts, V) float32."""
-    last = len(table) if last is None else last
-    text = np.repeat(np.arange(last - first), np.diff(table.offsets[first : last + 1]))
-    cells = torch.from_numpy(text * vocab_size + table.tokens[table.offsets[first] : table.offsets[last]])
-    return torch.bincount(cells, minlength=(last - first) * vocab_size).float().view(-1, vocab_size)
-
-
 def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, like_length: bool) -> list[np.ndarray]:
     """The batches of one pass, as arrays of text indices: a function of (seed, epoch), with no hidden state.
 

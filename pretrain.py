@@ -52,7 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, full_disk_named, load_corpus,
-                  load_tasks, occurrences, run_script, write_atomically)
+                  load_tasks, run_script, write_atomically)
 from model import (MODELS, Attention, BertConfig, Classifier, MaskedLM, attention_weights, count_parameters, from_hugging_face,
                    named_config, to_hugging_face, write_safetensors)
 from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer, hugging_face_files
@@ -743,17 +743,21 @@ def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: tor
     Counted is, for each pair of tokens (and each token with itself), how often both stand in one text. The leading directions
     of the positive pointwise mutual information, max(0, log p(a, b) / (p(a) p'(b))) with p' the 0.75th power of p, are the
     vectors: tokens that share texts lie near each other (Levy and Goldberg, 2014, "Neural word embedding as implicit matrix
-    factorization"). The same for every seed. Takes seconds for thousands of texts and a vocabulary of thousands; the work
-    grows with texts x V^2, the memory with V^2. Raises InputError where that is too much.
+    factorization"). The same for every seed. Takes a second for ten thousand texts; the memory grows with V^2. Raises InputError
+    where that is too much.
     """
-    device = device if torch.device(device).type == "cuda" else "cpu"  # other devices lack a decomposition or two
-    if vocab_size > (limit := 16_384 if device == "cpu" else 40_000):
+    device = torch.device(device if torch.device(device).type == "cuda" else "cpu")  # other devices lack a decomposition or two
+    if vocab_size > (limit := 32_768):
         raise InputError(f"counting pairs: a vocabulary of {vocab_size} pieces is too large, {limit} is the most here; "
                          "use a smaller one, or --count-start 0")
-    pairs = torch.zeros(vocab_size, vocab_size, device=device)
-    for first in range(0, len(table), 2_000):
-        counts = occurrences(table, vocab_size, first, min(first + 2_000, len(table))).to(device)  # (texts, V)
-        pairs.addmm_(counts.T, counts)
+    texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, dtype=torch.int32, device=device)
+    together = max(1, 4_000_000 // int(table.lengths.max()) ** 2)  # texts, for pairs in some ten megabytes
+    for first in range(0, len(table), together):
+        ids = texts.batch(np.arange(first, min(first + together, len(table))))  # (texts, T)
+        seen = (ids[:, :, None] * vocab_size + ids[:, None, :]).flatten()  # each pair of positions; those with padding count as [PAD]
+        cells.index_add_(0, seen, torch.ones_like(seen, dtype=torch.int32))
+    pairs = cells.view(vocab_size, vocab_size).float()
+    del cells
     pairs[:FIRST_PIECE], pairs[:, :FIRST_PIECE] = 0, 0
     of_one = pairs.sum(1)
     expected = of_one**0.75  # p': a power below 1, so that rare tokens do not get the largest values

@@ -98,7 +98,8 @@ def main() -> None:
         if size not in corpora:
             corpora[size] = load_corpus(args, [real, task], *size)
         for seed in range(args.seeds):
-            run = pretrain(args.model, recipe, corpora[size], seed, args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile)
+            run = pretrain(args.model, recipe, corpora[size], seed, args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile,
+                           wait=True)
             pretraining = read_json(run / "results.json")
             config, _, tokenizer = load_pretrained(run)
             tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
@@ -112,7 +113,7 @@ def main() -> None:
                 arm["break_seconds"].append(break_seconds(run))
                 for kind, start in (("pretrained", run), ("scratch", None))[: 2 if args.scratch else 1]:
                     folder = finetune(start, config, tokenizer, tables, ft_recipe, twin_seed(run, 0), args.runs_dir, hardware,
-                                      fresh=args.fresh, compiled=args.compile, label=args.model)
+                                      fresh=args.fresh, compiled=args.compile, label=args.model, wait=True)
                     result = read_json(folder / "results.json")
                     arm["tasks"][task.name]["models"][args.model].setdefault(kind, []).append(result["accuracy"])
                     arm["train_loss"].setdefault(kind, []).append(result["train_loss"])

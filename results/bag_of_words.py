@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Task, add_source_flags, load_corpus, load_tasks, make_table, occurrences, run_script, tuning_split  # noqa: E402
+from data import Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table, run_script, tuning_split  # noqa: E402
 from finetune import accuracy  # noqa: E402
 from pretrain import PRESETS, add_run_flags, choose_hardware, count_embeddings, result_record, write_json  # noqa: E402
 from tokenizer import FIRST_PIECE, Tokenizer  # noqa: E402
@@ -46,6 +47,12 @@ def fit(x: Tensor, labels: Tensor, decay: float) -> tuple[Tensor, Tensor]:
 
     optimizer.step(closure)
     return weight.detach(), bias.detach()
+
+
+def occurrences(table: TokenTable, vocab_size: int) -> Tensor:
+    """How often each token occurs in each text: (texts, V) float32."""
+    cells = torch.from_numpy(np.repeat(np.arange(len(table)), np.diff(table.offsets)) * vocab_size + table.tokens)
+    return torch.bincount(cells, minlength=len(table) * vocab_size).float().view(-1, vocab_size)
 
 
 def features(task: Task, embed: Callable[[Tensor, Tensor], Tensor], tokenizer: Tokenizer, max_length: int, folder: Path) -> list[Tensor]:
