@@ -694,16 +694,20 @@ def read_article_file(path: Path) -> Iterator[Article]:
         raise InputError(f"{path}, after line {number}: cannot be read ({error})") from None
 
 
-def read_articles(patterns: Sequence[str]) -> list[Article]:
-    """All articles of the files that the patterns name, in the order of patterns, then of names."""
-    articles: list[Article] = []
+def article_files(patterns: Sequence[str]) -> list[Path]:
+    """The files that the patterns name, in the order of patterns, then of names. Raises InputError where there is none."""
+    paths: list[Path] = []
     for pattern in patterns:
-        paths = sorted(glob.glob(os.path.expanduser(pattern))) or ([pattern] if os.path.exists(pattern) else [])
-        if not paths:
+        found = sorted(glob.glob(os.path.expanduser(pattern))) or ([pattern] if os.path.exists(pattern) else [])
+        if not found:
             raise InputError(f"--articles {pattern}: no such file (put patterns in quotes)")
-        for path in paths:
-            articles += read_article_file(Path(path))
-    return articles
+        paths += map(Path, found)
+    return paths
+
+
+def read_articles(patterns: Sequence[str]) -> list[Article]:
+    """All articles of the files that the patterns name."""
+    return [article for path in article_files(patterns) for article in read_article_file(path)]
 
 
 def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
@@ -1151,7 +1155,7 @@ class Corpus:
 
 def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus:
     """What pre-training reads, as the command line chose it: the articles, or an arm of them (--arm)."""
-    corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
+    corpus, articles = encode_articles(args, tasks, vocab_size, max_length, texts=args.arm in ("low", "random", "high", "clean"))
     if corpus.tokenizer.vocab_size != vocab_size:  # --prepared, --tokenizer
         print(f"note: the tokenizer given has {corpus.tokenizer.vocab_size} pieces; --vocab-size {vocab_size} has no say", flush=True)
     if not args.arm:
@@ -1163,9 +1167,36 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     return dataclasses.replace(corpus, train=arm)
 
 
-def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> tuple[Corpus, list[Article]]:
+def corpus_note(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Path | None:
+    """The file that notes to which tokenizer and token tables a command line has come before. Its name holds everything that decides
+    it: the text files by their sizes and times, and this program. None where the text does not come from files."""
+    files = article_files(args.articles) if args.articles else [args.raw_dir / VITAL_WHEEL]
+    if args.wiki and not args.articles or not all(file.exists() for file in files):
+        return None
+    decides = [[(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
+               [sorted(t.test_titles) + [text for text, _ in t.test] for t in tasks if t.name == "topics"],
+               hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+               str(args.tokenizer and Tokenizer.load(args.tokenizer).hash), args.articles_count, vocab_size, max_length]
+    return args.runs_dir / "tables" / f"corpus-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.json"
+
+
+def noted_corpus(note: Path, tokenizer: Path | None) -> Corpus | None:
+    """What a note says, if all of that is still there. tokenizer: the one given on the command line."""
+    try:
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        model = tokenizer or note.parent.parent / "tokenizers" / noted["tokenizer"]
+        tables = (load_table(note.parent / f"{part}-{noted[part][:16]}") for part in ("articles", "held-out"))
+        corpus = Corpus(Tokenizer.load(model), *tables)
+        return corpus if corpus.train.meta["tokenizer"] == corpus.tokenizer.hash else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError):
+        return None  # all is made again, or found to be damaged, by the long way
+
+
+def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int,
+                    texts: bool) -> tuple[Corpus, list[Article]]:
     """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir.
-    With --prepared there are no articles, only their tokens."""
+    With --prepared there are no articles, only their tokens; and none are returned where the texts are not wanted and the same files
+    were encoded before."""
     if args.arm and args.arm_count < 1:
         raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
     if not 8 <= max_length <= 4096:
@@ -1174,23 +1205,28 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
         raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.prepared:
         return load_prepared(args.prepared, args.articles_count, max_length), []
-    articles, held_out = pretraining_articles(args, tasks)
-    if args.tokenizer:
-        tokenizer = Tokenizer.load(args.tokenizer)
-    else:
-        digest = hashlib.sha256("\0".join(a.text for a in articles).encode("utf-8", "replace")).hexdigest()
-        path = args.runs_dir / "tokenizers" / f"{vocab_size}-{digest[:16]}.model"
-        if not path.exists():
-            print(f"training a tokenizer of {vocab_size} pieces on {len(articles)} articles", flush=True)
-            with write_atomically(path) as file:
-                file.write(train_tokenizer((a.text for a in articles), vocab_size))
-        tokenizer = Tokenizer.load(path)
-    tables = args.runs_dir / "tables"
-    train = make_table([a.text for a in articles], tokenizer, max_length, tables, "articles")
-    held = make_table([a.text for a in held_out], tokenizer, max_length, tables, "held-out")
-    print(f"{len(train)} articles, {len(train.tokens) / 1e6:.2f} M tokens a pass, {len(held)} held out, "
-          f"vocabulary {tokenizer.vocab_size}", flush=True)
-    return Corpus(tokenizer, train, held), articles
+    note = corpus_note(args, tasks, vocab_size, max_length)
+    articles: list[Article] = []
+    if texts or not note or not (corpus := noted_corpus(note, args.tokenizer)):
+        articles, held_out = pretraining_articles(args, tasks)
+        path = args.tokenizer
+        if not path:
+            digest = hashlib.sha256("\0".join(a.text for a in articles).encode("utf-8", "replace")).hexdigest()
+            path = args.runs_dir / "tokenizers" / f"{vocab_size}-{digest[:16]}.model"
+            if not path.exists():
+                print(f"training a tokenizer of {vocab_size} pieces on {len(articles)} articles", flush=True)
+                with write_atomically(path) as file:
+                    file.write(train_tokenizer((a.text for a in articles), vocab_size))
+        tokenizer, tables = Tokenizer.load(path), args.runs_dir / "tables"
+        corpus = Corpus(tokenizer, *(make_table([a.text for a in part], tokenizer, max_length, tables, name)
+                                     for part, name in ((articles, "articles"), (held_out, "held-out"))))
+        if note:
+            with write_atomically(note) as file:
+                file.write(json.dumps({"tokenizer": path.name, "articles": corpus.train.meta["texts_sha256"],
+                                       "held-out": corpus.held_out.meta["texts_sha256"]}).encode())
+    print(f"{len(corpus.train)} articles, {len(corpus.train.tokens) / 1e6:.2f} M tokens a pass, {len(corpus.held_out)} held out, "
+          f"vocabulary {corpus.tokenizer.vocab_size}", flush=True)
+    return corpus, articles
 
 
 def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
@@ -1338,7 +1374,7 @@ def report_overlap(args: argparse.Namespace) -> None:
     if args.arm in ("shuffled", "unigram"):
         raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
     for task in load_tasks(args):
-        corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
+        corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length, texts=True)
         chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
         table, (rows, scores) = subset(corpus.train, chosen), overlap_with(args, task, corpus)
         share, hits = shared_ngrams([articles[i] for i in chosen], task.test)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import data
-from data import (DeviceTable, InputError, batch_order, coverage, load_table, load_tasks, make_table, overlap_scores,
+from data import (DeviceTable, InputError, batch_order, coverage, encode_articles, load_corpus, load_table, load_tasks, make_table, overlap_scores,
                   pretraining_articles, read_articles, read_task, read_task_files, sample_task, scramble, select_arm,
                   shared_ngrams, subset, text_key)
 from material import articles, small_tokenizer, write_articles, write_raw_folder, write_task_file, write_vital
@@ -248,6 +249,36 @@ def test_batches(tmp_path: Path, like_length: bool) -> None:
             length = int(table.lengths[i])
             assert row[:length] == table.tokens[table.offsets[i] : table.offsets[i + 1]].tolist() and set(row[length:]) <= {PAD}
     assert (padded < 1.15 * len(table.tokens)) == like_length
+
+
+def test_the_same_files_are_not_read_a_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note tells which tables a command came to; whatever decides them, or is missing or damaged, makes the long way be gone again."""
+    path, long_ways = tmp_path / "wiki.jsonl.gz", []
+    write_articles(path, 150)
+    args = arguments(articles=[str(path)], runs_dir=tmp_path / "runs")
+    monkeypatch.setattr(data, "pretraining_articles", lambda *a: long_ways.append(1) or pretraining_articles(*a))
+
+    def ways(**changes) -> int:
+        long_ways.clear()
+        corpus = load_corpus(argparse.Namespace(**{**vars(args), **changes}), [], 200, 32)
+        again = load_corpus(argparse.Namespace(**{**vars(args), **changes}), [], 200, 32)
+        assert again.tokenizer.hash == corpus.tokenizer.hash and np.array_equal(again.train.tokens, corpus.train.tokens)
+        assert again.train.meta == corpus.train.meta and again.held_out.meta == corpus.held_out.meta
+        return len(long_ways)
+
+    assert ways() == 1 and ways() == 0
+    (model,) = (tmp_path / "runs/tokenizers").iterdir()
+    assert ways(tokenizer=model) == 1 and ways(tokenizer=model) == 0
+    assert ways(articles_count=100) == 1 and ways(arm="shuffled") == 0 and len(encode_articles(args, [], 200, 32, texts=True)[1]) == 143
+    write_articles(path, 160)
+    assert ways() == 1 and ways() == 0 and len(load_corpus(args, [], 200, 32).train) == 152
+    notes = list((tmp_path / "runs/tables").glob("corpus-*.json"))
+    for damage in (b"", b"{}", b"[[[", b'{"tokenizer": 5, "articles": 1, "held-out": null}', b'{"tokenizer": "no", "articles": "no", "held-out": "no"}'):
+        for note in notes:
+            note.write_bytes(damage)
+        assert ways() == 1
+    shutil.rmtree(tmp_path / "runs/tables")
+    assert ways() == 1
 
 
 # --------------------------------------------------------------------------------------------------------- overlap
