@@ -245,7 +245,7 @@ def arms_of(pattern: str) -> list[tuple[str, str, dict]]:
 def percent(arm: dict, kind: str) -> str:
     (part,) = arm["tasks"].values()
     (model,) = part["models"].values()
-    return with_interval([100 * x for x in model[kind]])
+    return with_interval([100 * x for x in model[kind]]) if kind in model else ""
 
 
 def leaves(arm: dict) -> str:
@@ -267,6 +267,21 @@ def one_minute(cells: dict[str, Cell]) -> str:
     rows = [[name, with_interval(arm["held_out_loss"], digits=2), percent(arm, "pretrained")]
             for name, _, arm in arms_of("recipe-minute-*.json")]
     return table(["BERT-1, embedded default, one minute on one core", "held-out loss, nats", "`topics`, %"], rows)
+
+
+def by_time(pattern: str, title: str) -> str:
+    header = [title, "held-out loss, nats", "off the plateau after, s", "FewRel, pre-trained, %", "from scratch, %"]
+    return table(header, [
+        [name, with_interval(arm["held_out_loss"], digits=2), leaves(arm), percent(arm, "pretrained"), percent(arm, "scratch")]
+        for name, _, arm in arms_of(pattern)])
+
+
+def five_minutes(cells: dict[str, Cell]) -> str:
+    return by_time("recipe-five-minutes-*.json", "BERT-1, 90,000 articles, five minutes on one core")
+
+
+def ten_minutes(cells: dict[str, Cell]) -> str:
+    return by_time("recipe-ten-minutes-*.json", "BERT-6, 90,000 articles, ten minutes on one core")
 
 
 def half_hour(cells: dict[str, Cell]) -> str:
@@ -440,8 +455,8 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "compute": compute,
-            "ablation": ablation, "minute": one_minute, "half-hour": half_hour, "speed": speed,
-            "growth": growth, "reliability": reliability}
+            "ablation": ablation, "minute": one_minute, "five-minutes": five_minutes, "ten-minutes": ten_minutes, "half-hour": half_hour,
+            "speed": speed, "growth": growth, "reliability": reliability}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:

@@ -8,15 +8,20 @@ import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from data import TokenTable
 from finetune import mean_and_interval
 from material import write_articles, write_raw_folder
+from pretrain import PRESETS, schedule as pretrain_schedule
 from test_scripts import ROOT, run
 
 sys.path.insert(0, str(ROOT / "results"))
 import figures  # noqa: E402
 import plan  # noqa: E402
+import variants  # noqa: E402
 
 
 def cell(gap: float, tasks: tuple[str, ...] = ("fewrel",), deep: bool = False, loss: float = 5.0) -> dict:
@@ -110,3 +115,26 @@ def test_the_commands_of_the_study_run(tmp_path: Path) -> None:
         words = ["20" if w == "10000" else "6" if w == "1000" else w for w in words]
         run(*words, "--preset", "smoke", *(["--test-per-class", "4", "--members", "1"] if words[0] == "committee.py" else ["--max-length", "32"]))
     assert {p.stem for p in (tmp_path / "results" / "study").glob("*.json")} == {"control-counts", "control-shuffled", "c3-fewrel-high", "grid-5-5000"}
+
+
+def test_variants_do_what_their_names_say() -> None:
+    recipe = PRESETS["quick"]
+    for name in ("cosine schedule", "full rate, falling in the last third"):
+        _, schedule = variants.VARIANTS[name]
+        factors = [schedule(recipe, step, 300, 10) for step in range(300)]
+        assert factors[0] == pytest.approx(1 / 15) and max(factors) == 1 and factors[14] == 1 and 0 <= factors[-1] < 0.02
+        assert sum(factors) > sum(pretrain_schedule(recipe, step, 300, 10) for step in range(300)) - 1
+    table = TokenTable(np.arange(5, 205, dtype=np.uint16), np.array([0, 100, 200]), {})
+    ramped = variants.RampedTable(table, torch.device("cpu"))
+    assert ramped.batch(np.array([0, 1])).shape == (2, 32)
+    ramped.started -= 80
+    assert ramped.batch(np.array([0, 1])).shape == (2, 64)
+    with torch.no_grad():
+        assert ramped.batch(np.array([0, 1])).shape == (2, 104)
+    ramped.started -= 80
+    assert ramped.batch(np.array([0, 1])).shape == (2, 104)
+    fused = torch.nn.Parameter(torch.ones(96, 32))
+    fused.grad = torch.randn(96, 32)
+    variants.VARIANTS["PyTorch's Muon, query, key and value as one"][1]([fused], lr=0.1, weight_decay=0.0, dtype=torch.float32).step()
+    values = torch.linalg.svdvals(fused.detach() - 1) / 0.1 / 3**0.5
+    assert 0.5 < values.min() and values.max() < 1.4  # one matrix of 96 rows, orthogonalised

@@ -1,0 +1,72 @@
+"""Variants of the recipe that no flag makes, because they were tried and not kept: each replaces one function, then runs ablate.py.
+
+    python results/variants.py "cosine schedule" --runs-dir runs/cosine --arms '{"cosine schedule": {"time_budget": 5.0}}' --out ...
+
+A run folder's name does not know of the replacement: give each variant a --runs-dir of its own. All further flags are ablate.py's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import ablate  # noqa: E402
+import pretrain  # noqa: E402
+from data import DeviceTable, InputError, run_script  # noqa: E402
+from pretrain import Optimisation  # noqa: E402
+
+
+def cosine(recipe: Optimisation, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The rise of the warm-up, then half a cosine down to 0."""
+    warmup = int(recipe.warmup * steps)
+    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+
+def plateau(recipe: Optimisation, step: int, steps: int, steps_per_epoch: int) -> float:
+    """The rise of the warm-up, then the full rate, which falls to 0 in the last third."""
+    return min(1.0, (step + 1) / max(1, int(recipe.warmup * steps)), (steps - step) / (steps / 3))
+
+
+def fused_muon(matrices: Sequence[Tensor], lr: float, weight_decay: float, dtype: torch.dtype) -> torch.optim.Optimizer:
+    """PyTorch's own Muon, for which query, key and value are one matrix."""
+    return torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, momentum=0.95, adjust_lr_fn="original")
+
+
+class RampedTable(DeviceTable):
+    """The first 32 tokens of each text in the first quarter of five minutes, the first 64 in the second, then all."""
+
+    started = math.inf  # when the run did
+
+    def batch(self, texts: np.ndarray) -> Tensor:
+        input_ids = super().batch(texts)
+        if not torch.is_grad_enabled():  # counting, held-out texts
+            return input_ids
+        self.started = min(self.started, time.perf_counter())
+        quarter = int((time.perf_counter() - self.started) / 75)
+        return input_ids[:, : (32, 64)[quarter]].contiguous() if quarter < 2 else input_ids
+
+
+VARIANTS: dict[str, tuple[str, Callable]] = {
+    "cosine schedule": ("schedule", cosine), "full rate, falling in the last third": ("schedule", plateau),
+    "PyTorch's Muon, query, key and value as one": ("Muon", fused_muon), "32, then 64, then 128 tokens": ("DeviceTable", RampedTable)}
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+        raise InputError(f"{' '.join(sys.argv[:2])}: name a variant first: " + "; ".join(VARIANTS))
+    name, replacement = VARIANTS[sys.argv.pop(1)]
+    setattr(pretrain, name, replacement)
+    ablate.main()
+
+
+if __name__ == "__main__":
+    run_script(main)
