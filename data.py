@@ -27,6 +27,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -54,7 +55,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
+from tokenizer import FIRST_PIECE, PAD, TRAINING, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
 
 if sys.platform == "win32":
     import msvcrt
@@ -120,7 +121,8 @@ def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Ite
     tells how many bytes are `needed`, if known.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # same folder: only there is a rename atomic
+    # in the same folder, for only there is a rename atomic; of this process of this machine alone
+    temporary = path.with_name(f"{path.name}.{platform.node()[:20]}-{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with full_disk_named(path, needed):
@@ -775,9 +777,9 @@ def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -
             distinct.setdefault(key, article)
     pool = list(distinct.values())
     # from a wiki the articles come in a random order already, of which a smaller count sees the beginning
-    order = np.arange(len(pool)) if args.wiki and not args.articles else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
-    held_out = 1_000 if args.wiki and not args.articles else min(1_000, len(pool) // 20)
-    count = args.articles_count or (20_000 if args.wiki and not args.articles else len(pool) - held_out)
+    order = np.arange(len(pool)) if args.wiki else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
+    held_out = 1_000 if args.wiki else min(1_000, len(pool) // 20)
+    count = args.articles_count or (20_000 if args.wiki else len(pool) - held_out)
     if not 0 < count <= len(pool) - held_out or not held_out:
         raise InputError(f"--articles-count {count}: there are {len(pool)} distinct articles, "
                          f"{held_out} of them held out; at least 20 are needed in all")
@@ -1012,6 +1014,13 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
     return Task(name, [classes[c] for c in kept], train, test, note, test_titles)
 
 
+def nothing_settled_twice(args: argparse.Namespace) -> None:
+    """Raises InputError for a flag whose value a prepared folder brings along."""
+    for name in ("tokenizer", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
+        if args.prepared and getattr(args, name):
+            raise InputError(f"--{name.replace('_', '-')}: --prepared {args.prepared} has settled that; leave one of them out")
+
+
 def load_tasks(args: argparse.Namespace) -> list[Task]:
     """The tasks that the command line names, read, sampled and split. With --tune, the test part is a fifth of the
     training rows, and the real test rows stay unseen: that is where choices are made."""
@@ -1019,10 +1028,8 @@ def load_tasks(args: argparse.Namespace) -> list[Task]:
     for name in ("train_per_class", "test_per_class", "min_class_size", "articles_count"):
         if (getattr(args, name, 0) or 0) < 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: a number from 0 up is needed")
+    nothing_settled_twice(args)
     if args.prepared:  # their rows were drawn when the folder was made
-        for name in ("articles", "wiki", "tokenizer", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
-            if getattr(args, name):
-                raise InputError(f"--{name.replace('_', '-')}: --prepared {args.prepared} has settled that; leave one of them out")
         tasks, names = prepared_tasks(args.prepared, names), []
     for name in names:
         train, test = TASKS[name].rows[args.preset]
@@ -1152,15 +1159,26 @@ class Corpus:
     train: TokenTable
     held_out: TokenTable
 
+    def in_words(self) -> str:
+        return (f"{len(self.train)} articles, {len(self.train.tokens) / 1e6:.2f} M tokens a pass, {len(self.held_out)} held out, "
+                f"vocabulary {self.tokenizer.vocab_size}")
+
 
 def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus:
-    """What pre-training reads, as the command line chose it: the articles, or an arm of them (--arm)."""
-    corpus, articles = encode_articles(args, tasks, vocab_size, max_length, texts=args.arm in ("low", "random", "high", "clean"))
+    """What pre-training reads, as the command line chose it: the articles, or an arm of them (--arm). Where the same files were encoded
+    before and no arm needs their texts, the token tables are taken as they are."""
+    nothing_settled_twice(args)
+    needs_texts = args.arm in ("low", "random", "high", "clean")
+    corpus = None if needs_texts else noted_corpus(args, tasks, vocab_size, max_length)
+    articles: list[Article] = []
+    if not corpus:
+        corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
+    print(corpus.in_words(), flush=True)
     if corpus.tokenizer.vocab_size != vocab_size:  # --prepared, --tokenizer
         print(f"note: the tokenizer given has {corpus.tokenizer.vocab_size} pieces; --vocab-size {vocab_size} has no say", flush=True)
     if not args.arm:
         return corpus
-    if args.arm in ("shuffled", "unigram"):
+    if not needs_texts:
         return dataclasses.replace(corpus, train=scramble(corpus.train, across_texts=args.arm == "unigram"))
     arm = subset(corpus.train, arm_of_articles(args, tasks, corpus, articles))
     print(f"arm {args.arm}: {len(arm)} articles, {len(arm.tokens) / 1e6:.2f} M tokens a pass", flush=True)
@@ -1169,34 +1187,33 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
 
 def corpus_note(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Path | None:
     """The file that notes to which tokenizer and token tables a command line has come before. Its name holds everything that decides
-    it: the text files by their sizes and times, and this program. None where the text does not come from files."""
+    it: the text files by their sizes and times, and the program. None where the text does not come from files."""
     files = article_files(args.articles) if args.articles else [args.raw_dir / VITAL_WHEEL]
-    if args.wiki and not args.articles or not all(file.exists() for file in files):
+    if args.wiki or args.prepared or not all(file.exists() for file in files):
         return None
     decides = [[(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
                [sorted(t.test_titles) + [text for text, _ in t.test] for t in tasks if t.name == "topics"],
-               hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+               [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("data.py", "tokenizer.py")],
                str(args.tokenizer and Tokenizer.load(args.tokenizer).hash), args.articles_count, vocab_size, max_length]
     return args.runs_dir / "tables" / f"corpus-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.json"
 
 
-def noted_corpus(note: Path, tokenizer: Path | None) -> Corpus | None:
-    """What a note says, if all of that is still there. tokenizer: the one given on the command line."""
+def noted_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus | None:
+    """What the note of a command line says, if there is one and all of that is still there."""
+    if not (note := corpus_note(args, tasks, vocab_size, max_length)):
+        return None
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
-        model = tokenizer or note.parent.parent / "tokenizers" / noted["tokenizer"]
-        tables = (load_table(note.parent / f"{part}-{noted[part][:16]}") for part in ("articles", "held-out"))
-        corpus = Corpus(Tokenizer.load(model), *tables)
-        return corpus if corpus.train.meta["tokenizer"] == corpus.tokenizer.hash else None
+        tables = [load_table(note.parent / f"{part}-{noted[part][:16]}") for part in ("articles", "held-out")]
+        corpus = Corpus(Tokenizer.load(args.tokenizer or args.runs_dir / "tokenizers" / noted["tokenizer"]), *tables)
+        return corpus if tables[0].meta["tokenizer"] == corpus.tokenizer.hash else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError):
         return None  # all is made again, or found to be damaged, by the long way
 
 
-def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int,
-                    texts: bool) -> tuple[Corpus, list[Article]]:
+def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> tuple[Corpus, list[Article]]:
     """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir.
-    With --prepared there are no articles, only their tokens; and none are returned where the texts are not wanted and the same files
-    were encoded before."""
+    With --prepared there are no articles, only their tokens."""
     if args.arm and args.arm_count < 1:
         raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
     if not 8 <= max_length <= 4096:
@@ -1206,27 +1223,24 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
     if args.prepared:
         return load_prepared(args.prepared, args.articles_count, max_length), []
     note = corpus_note(args, tasks, vocab_size, max_length)
-    articles: list[Article] = []
-    if texts or not note or not (corpus := noted_corpus(note, args.tokenizer)):
-        articles, held_out = pretraining_articles(args, tasks)
-        path = args.tokenizer
-        if not path:
-            digest = hashlib.sha256("\0".join(a.text for a in articles).encode("utf-8", "replace")).hexdigest()
-            path = args.runs_dir / "tokenizers" / f"{vocab_size}-{digest[:16]}.model"
+    articles, held_out = pretraining_articles(args, tasks)
+    path = args.tokenizer
+    if not path:
+        digest = hashlib.sha256("\0".join([repr(TRAINING), *(a.text for a in articles)]).encode("utf-8", "replace")).hexdigest()
+        path = args.runs_dir / "tokenizers" / f"{vocab_size}-{digest[:16]}.model"
+        with file_lock(path.with_suffix(".lock"), wait=True):  # of several processes, one trains it
             if not path.exists():
                 print(f"training a tokenizer of {vocab_size} pieces on {len(articles)} articles", flush=True)
                 with write_atomically(path) as file:
                     file.write(train_tokenizer((a.text for a in articles), vocab_size))
-        tokenizer, tables = Tokenizer.load(path), args.runs_dir / "tables"
-        corpus = Corpus(tokenizer, *(make_table([a.text for a in part], tokenizer, max_length, tables, name)
-                                     for part, name in ((articles, "articles"), (held_out, "held-out"))))
-        if note:
-            with write_atomically(note) as file:
-                file.write(json.dumps({"tokenizer": path.name, "articles": corpus.train.meta["texts_sha256"],
-                                       "held-out": corpus.held_out.meta["texts_sha256"]}).encode())
-    print(f"{len(corpus.train)} articles, {len(corpus.train.tokens) / 1e6:.2f} M tokens a pass, {len(corpus.held_out)} held out, "
-          f"vocabulary {corpus.tokenizer.vocab_size}", flush=True)
-    return corpus, articles
+    tokenizer, tables = Tokenizer.load(path), args.runs_dir / "tables"
+    train = make_table([a.text for a in articles], tokenizer, max_length, tables, "articles")
+    held = make_table([a.text for a in held_out], tokenizer, max_length, tables, "held-out")
+    if note:
+        with write_atomically(note) as file:
+            file.write(json.dumps({"tokenizer": path.name, "articles": train.meta["texts_sha256"],
+                                   "held-out": held.meta["texts_sha256"]}).encode())
+    return Corpus(tokenizer, train, held), articles
 
 
 def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
@@ -1374,7 +1388,7 @@ def report_overlap(args: argparse.Namespace) -> None:
     if args.arm in ("shuffled", "unigram"):
         raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
     for task in load_tasks(args):
-        corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length, texts=True)
+        corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
         chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
         table, (rows, scores) = subset(corpus.train, chosen), overlap_with(args, task, corpus)
         share, hits = shared_ngrams([articles[i] for i in chosen], task.test)
@@ -1401,9 +1415,10 @@ def fetch_official(file: str, raw_dir: Path) -> Path:
 def add_source_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that say where text comes from; the same in every script."""
     group = parser.add_argument_group("where the articles come from")
-    group.add_argument("--articles", nargs="+", metavar="PATTERN",
+    source = group.add_mutually_exclusive_group()
+    source.add_argument("--articles", nargs="+", metavar="PATTERN",
                        help="article files: .jsonl or .txt (each may be .gz), or a dump .xml.bz2; patterns in quotes")
-    group.add_argument("--wiki", choices=("simplewiki", "enwiki"), help="random articles of this Wikipedia's newest dump")
+    source.add_argument("--wiki", choices=("simplewiki", "enwiki"), help="random articles of this Wikipedia's newest dump")
     group.add_argument("--articles-count", type=int, default=0, metavar="N",
                        help="how many to train on (default: all; 20000 with --wiki). Paper: 20000, 40000, 90000")
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one")
@@ -1412,7 +1427,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
                             "clean: all that share no 10 words in a row with its test rows; or a control: all, with their tokens shuffled "
                             "within each text, or drawn from the unigram distribution")
     group.add_argument("--arm-count", type=int, default=5_000, metavar="N", help="articles of such a part (default %(default)s)")
-    group.add_argument("--prepared", type=Path, metavar="DIR", help="tokenizer, token tables and tasks as `data.py encode --out DIR` left "
+    source.add_argument("--prepared", type=Path, metavar="DIR", help="tokenizer, token tables and tasks as `data.py encode --out DIR` left "
                        "them, for a machine without the raw data; instead of all other sources")
     group.add_argument("--raw-dir", type=Path, default=Path("data"), metavar="DIR", help="raw downloads (default %(default)s)")
     group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="results (default %(default)s)")

@@ -281,8 +281,10 @@ def plot_accuracies(tables: dict[str, list[Row]], path: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------- prediction
 def load_classifier(folder: Path) -> Classifier:
-    """The classifier of a finished fine-tuning run, as it was saved, on the CPU."""
+    """The classifier of a finished fine-tuning run, as it was saved, on the CPU. Raises InputError for one that is not finished."""
     settings = load_settings(folder, "finetune")
+    if not (folder / "results.json").exists():
+        raise InputError(f"{folder}: its training has not ended; the same command that began it goes on with it")
     model = Classifier(config_of(folder, "finetune"), len(settings["classes"])).eval()
     load_weights(model, load_checkpoint(folder)["model"], folder)
     return model

@@ -213,10 +213,11 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
         mps = torch.backends.mps.is_available() and world_size() == 1  # which gloo does not serve
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
         why = {"cuda": "a CUDA GPU is there", "mps": "Apple's GPU is there", "cpu": "no GPU found"}[device]
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) or device == "mps" and not torch.backends.mps.is_available():
+    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,4})?", device) or device == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"--device {device}: no such device here; leave the flag out, or use --device cpu")
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= (found := torch.cuda.device_count()):
+        raise InputError(f"--device {device}: PyTorch finds {found or 'no'} CUDA GPU{'s' * (found > 1)} here; "
+                         + ("they are numbered from 0" if found else "use --device cpu"))
     if device == "cuda" and world_size() > 1:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
@@ -224,9 +225,9 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     if device.startswith("cuda"):
-        native = torch.cuda.get_device_capability() >= (8, 0)
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
         best, reason = ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16; loss scaling is on")
-        name = torch.cuda.get_device_name()
+        name = torch.cuda.get_device_name(device)
         torch.set_float32_matmul_precision("high")
     elif device == "cpu":
         has = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
@@ -743,19 +744,20 @@ def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: tor
     Counted is, for each pair of tokens (and each token with itself), how often both stand in one text. The leading directions
     of the positive pointwise mutual information, max(0, log p(a, b) / (p(a) p'(b))) with p' the 0.75th power of p, are the
     vectors: tokens that share texts lie near each other (Levy and Goldberg, 2014, "Neural word embedding as implicit matrix
-    factorization"). The same for every seed. Takes a second for ten thousand texts; the memory grows with V^2. Raises InputError
-    where that is too much.
+    factorization"). The same for every seed. The time grows with texts x length^2 (a second for ten thousand of 128 tokens), the
+    memory is 8 V^2 bytes (0.1 GB for 4,000 pieces, 8 GB for the paper's 30,522). Raises InputError where that is too much.
     """
     device = torch.device(device if torch.device(device).type == "cuda" else "cpu")  # other devices lack a decomposition or two
     if vocab_size > (limit := 32_768):
         raise InputError(f"counting pairs: a vocabulary of {vocab_size} pieces is too large, {limit} is the most here; "
                          "use a smaller one, or --count-start 0")
-    texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, dtype=torch.int32, device=device)
+    size = torch.int32 if int((table.lengths**2).sum()) < 2**31 else torch.int64  # no count is larger than that sum
+    texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, dtype=size, device=device)
     together = max(1, 4_000_000 // int(table.lengths.max()) ** 2)  # texts, for pairs in some ten megabytes
     for first in range(0, len(table), together):
         ids = texts.batch(np.arange(first, min(first + together, len(table))))  # (texts, T)
         seen = (ids[:, :, None] * vocab_size + ids[:, None, :]).flatten()  # each pair of positions; those with padding count as [PAD]
-        cells.index_add_(0, seen, torch.ones_like(seen, dtype=torch.int32))
+        cells.index_add_(0, seen, torch.ones_like(seen, dtype=size))
     pairs = cells.view(vocab_size, vocab_size).float()
     del cells
     pairs[:FIRST_PIECE], pairs[:, :FIRST_PIECE] = 0, 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from finetune import PRESETS as FINETUNE, TaskTables, finetune, points, twin_see
 from model import MODELS  # noqa: E402
 from pretrain import (PRESETS, add_run_flags, break_step, checked, choose_hardware, load_pretrained, number, pretrain,  # noqa: E402
                       read_json, read_log, result_record, write_json)
+from variants import VARIANTS, replaced  # noqa: E402
 
 # without an ingredient, what belongs to it goes back too: the tables' rates suit the starts
 ARMS = {
@@ -77,6 +79,7 @@ def main() -> None:
                         help="{name: {setting: value}}; default: the kept ingredients")
     parser.add_argument("--ft-arms", type=json.loads, default={"": {}}, metavar="JSON", help="the same for fine-tuning")
     parser.add_argument("--seeds", type=number(1), default=3, metavar="N", help="pre-training seeds (default %(default)s)")
+    parser.add_argument("--variant", choices=tuple(VARIANTS), help="pre-train in a way that no flag makes (results/variants.py)")
     parser.add_argument("--tuning-rows", type=number(1), default=30, metavar="N", help="rows a class to classify (default %(default)s)")
     parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="also the twins from scratch")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="results, JSON; rewritten after every run")
@@ -98,8 +101,10 @@ def main() -> None:
         if size not in corpora:
             corpora[size] = load_corpus(args, [real, task], *size)
         for seed in range(args.seeds):
-            run = pretrain(args.model, recipe, corpora[size], seed, args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile,
-                           wait=True)
+            own = f"{args.model}-{re.sub('[^a-z0-9]+', '-', f'{args.variant} {name}'.lower())}-seed{seed}" if args.variant else ""
+            with replaced(args.variant):  # the settings, and so the usual name, do not tell of it
+                run = pretrain(args.model, recipe, corpora[size], seed, args.runs_dir, hardware, name=own, fresh=args.fresh,
+                               compiled=args.compile, wait=True)
             pretraining = read_json(run / "results.json")
             config, _, tokenizer = load_pretrained(run)
             tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
@@ -117,7 +122,8 @@ def main() -> None:
                     result = read_json(folder / "results.json")
                     arm["tasks"][task.name]["models"][args.model].setdefault(kind, []).append(result["accuracy"])
                     arm["train_loss"].setdefault(kind, []).append(result["train_loss"])
-                settings = {"model": args.model, "task": task.name, "classified": f"{len(task.test)} further training rows",
+                settings = {"model": args.model, "variant": args.variant, "task": task.name,
+                            "classified": f"{len(task.test)} further training rows",
                             "pre-training": PRESETS[args.preset].__dict__, "fine-tuning": FINETUNE[args.preset].__dict__}
                 write_json(args.out, result_record(settings, time.perf_counter() - started, hardware=hardware.reason,
                                                    unigram_loss=pretraining["unigram_loss"], arms=arms))

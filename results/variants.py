@@ -1,16 +1,15 @@
-"""Variants of the recipe that no flag makes, because they were tried and not kept: each replaces one function, then runs ablate.py.
+"""Variants of pre-training that no flag makes, because they were tried and not kept: each replaces one function of pretrain.py.
 
-    python results/variants.py "cosine schedule" --runs-dir runs/cosine --arms '{"cosine schedule": {"time_budget": 5.0}}' --out ...
-
-A run folder's name does not know of the replacement: give each variant a --runs-dir of its own. All further flags are ablate.py's.
+    python results/ablate.py --variant "cosine schedule" --arms '{"cosine schedule": {"time_budget": 5.0}}' --out ...
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +18,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import ablate  # noqa: E402
 import pretrain  # noqa: E402
-from data import DeviceTable, InputError, run_script  # noqa: E402
+from data import DeviceTable  # noqa: E402
 from pretrain import Optimisation  # noqa: E402
 
 
@@ -42,7 +40,8 @@ def fused_muon(matrices: Sequence[Tensor], lr: float, weight_decay: float, dtype
 
 
 class RampedTable(DeviceTable):
-    """The first 32 tokens of each text in the first quarter of five minutes, the first 64 in the second, then all."""
+    """The first 32 tokens of each text in the first quarter of five minutes (--time-budget 5), the first 64 in the second, then all. A
+    run that was interrupted begins that again, and its log counts tokens that were cut off."""
 
     started = math.inf  # when the run did
 
@@ -60,13 +59,16 @@ VARIANTS: dict[str, tuple[str, Callable]] = {
     "PyTorch's Muon, query, key and value as one": ("Muon", fused_muon), "32, then 64, then 128 tokens": ("DeviceTable", RampedTable)}
 
 
-def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        raise InputError(f"{' '.join(sys.argv[:2])}: name a variant first: " + "; ".join(VARIANTS))
-    name, replacement = VARIANTS[sys.argv.pop(1)]
+@contextlib.contextmanager
+def replaced(variant: str | None) -> Iterator[None]:
+    """While it is entered, pretrain.py does what the variant says."""
+    if variant is None:
+        yield
+        return
+    name, replacement = VARIANTS[variant]
+    before = getattr(pretrain, name)
     setattr(pretrain, name, replacement)
-    ablate.main()
-
-
-if __name__ == "__main__":
-    run_script(main)
+    try:
+        yield
+    finally:
+        setattr(pretrain, name, before)

@@ -267,9 +267,9 @@ def test_the_same_files_are_not_read_a_second_time(tmp_path: Path, monkeypatch: 
         return len(long_ways)
 
     assert ways() == 1 and ways() == 0
-    (model,) = (tmp_path / "runs/tokenizers").iterdir()
+    (model,) = (tmp_path / "runs/tokenizers").glob("*.model")
     assert ways(tokenizer=model) == 1 and ways(tokenizer=model) == 0
-    assert ways(articles_count=100) == 1 and ways(arm="shuffled") == 0 and len(encode_articles(args, [], 200, 32, texts=True)[1]) == 143
+    assert ways(articles_count=100) == 1 and ways(arm="shuffled") == 0 and len(encode_articles(args, [], 200, 32)[1]) == 143
     write_articles(path, 160)
     assert ways() == 1 and ways() == 0 and len(load_corpus(args, [], 200, 32).train) == 152
     notes = list((tmp_path / "runs/tables").glob("corpus-*.json"))

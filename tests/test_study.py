@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+import pretrain
 from data import TokenTable
 from finetune import mean_and_interval
 from material import write_articles, write_raw_folder
-from pretrain import PRESETS, schedule as pretrain_schedule
 from test_scripts import ROOT, run
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -118,12 +118,12 @@ def test_the_commands_of_the_study_run(tmp_path: Path) -> None:
 
 
 def test_variants_do_what_their_names_say() -> None:
-    recipe = PRESETS["quick"]
+    recipe = pretrain.PRESETS["quick"]
     for name in ("cosine schedule", "full rate, falling in the last third"):
         _, schedule = variants.VARIANTS[name]
         factors = [schedule(recipe, step, 300, 10) for step in range(300)]
         assert factors[0] == pytest.approx(1 / 15) and max(factors) == 1 and factors[14] == 1 and 0 <= factors[-1] < 0.02
-        assert sum(factors) > sum(pretrain_schedule(recipe, step, 300, 10) for step in range(300)) - 1
+        assert sum(factors) > sum(pretrain.schedule(recipe, step, 300, 10) for step in range(300)) - 1
     table = TokenTable(np.arange(5, 205, dtype=np.uint16), np.array([0, 100, 200]), {})
     ramped = variants.RampedTable(table, torch.device("cpu"))
     assert ramped.batch(np.array([0, 1])).shape == (2, 32)
@@ -138,3 +138,12 @@ def test_variants_do_what_their_names_say() -> None:
     variants.VARIANTS["PyTorch's Muon, query, key and value as one"][1]([fused], lr=0.1, weight_decay=0.0, dtype=torch.float32).step()
     values = torch.linalg.svdvals(fused.detach() - 1) / 0.1 / 3**0.5
     assert 0.5 < values.min() and values.max() < 1.4  # one matrix of 96 rows, orthogonalised
+
+
+def test_a_variant_replaces_pretraining_alone() -> None:
+    before = pretrain.schedule
+    with variants.replaced("cosine schedule"):
+        assert pretrain.schedule is variants.cosine
+    assert pretrain.schedule is before
+    with variants.replaced(None):
+        assert pretrain.schedule is before
