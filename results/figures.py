@@ -233,12 +233,13 @@ def compute(cells: dict[str, Cell]) -> str:
 
 
 # ------------------------------------------------------------------------------------- the recipe, results/ablate.py
-def arms_of(pattern: str) -> list[tuple[str, str, dict]]:
-    """(name of the arm, model, the arm) of results/PATTERN, as ablate.py wrote them."""
-    found = []
+def arms_of(pattern: str) -> dict[str, dict]:
+    """The arms of results/PATTERN, as ablate.py wrote them, by name; of an arm in several files that with the most seeds."""
+    found: dict[str, dict] = {}
     for path in sorted(HERE.glob(pattern)):
-        record = read_json(path)
-        found += [(name, record["settings"]["model"], arm) for name, arm in record["arms"].items()]
+        for name, arm in read_json(path)["arms"].items():
+            if name not in found or len(arm["held_out_loss"]) > len(found[name]["held_out_loss"]):
+                found[name] = arm
     return found
 
 
@@ -256,10 +257,11 @@ def leaves(arm: dict) -> str:
 
 
 def arms_table(pattern: str, title: str, task: str = "FewRel") -> str:
-    header = [title, "held-out loss, nats", "off the plateau after, s", f"{task}, pre-trained, %", "from scratch, %"]
-    return table(header, rows) if (rows := [
-        [name, with_interval(arm["held_out_loss"], digits=2), leaves(arm), percent(arm, "pretrained"), percent(arm, "scratch")]
-        for name, _, arm in arms_of(pattern)]) else MISSING
+    header = [title, "seeds", "held-out loss, nats", "off the plateau after, s", f"{task}, pre-trained, %", "from scratch, %"]
+    rows = [[name, str(len(arm["held_out_loss"])), *(cell.removesuffix(" (one seed)") for cell in (
+        with_interval(arm["held_out_loss"], digits=2), leaves(arm), percent(arm, "pretrained"), percent(arm, "scratch")))]
+        for name, arm in arms_of(pattern).items()]
+    return table(header, rows) if rows else MISSING
 
 
 def ablation(cells: dict[str, Cell]) -> str:
