@@ -272,6 +272,17 @@ def test_damaged_files_of_a_run_are_named(runs: tuple[Path, Path], corpus: Corpu
     Predictor(tuned, CPU)
 
 
+def test_an_unfinished_classifier_is_not_used(runs: tuple[Path, Path]) -> None:
+    results = runs[1] / "results.json"
+    valid = results.read_bytes()
+    results.unlink()
+    try:
+        with pytest.raises(InputError, match="has not ended"):
+            Predictor(runs[1], CPU)
+    finally:
+        results.write_bytes(valid)
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut short", "random bytes", "another version"])
 def test_a_damaged_checkpoint_does_not_resume(runs: tuple[Path, Path], corpus: Corpus, damage: str) -> None:
     pretrained, _ = runs

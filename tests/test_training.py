@@ -254,6 +254,15 @@ def test_counting_puts_tokens_that_share_texts_together(tmp_path: Path) -> None:
     assert torch.equal(vectors, count_embeddings(table, V, 16)) and vectors.shape == (V, 16)
     assert vectors[:FIRST_PIECE].abs().max() < 1e-5 and vectors[V - 1].abs().max() < 1e-5  # special tokens, and one that never occurs
     assert vectors[FIRST_PIECE:].std() == pytest.approx(1, abs=1e-3)
+    # the same from a table of how often each token occurs in each text
+    counts = torch.stack([torch.bincount(torch.from_numpy(t.astype(np.int64)), minlength=V) for t in texts]).float()
+    counts[:, :FIRST_PIECE] = 0
+    pairs, of_one = counts.T @ counts, (counts.T @ counts).sum(1)
+    information = (pairs / of_one[:, None] / (of_one**0.75 / (of_one**0.75).sum())).log().nan_to_num(0.0, neginf=0.0).clamp(min=0)
+    inner = vectors @ vectors.T  # of the leading directions, up to one factor, and to signs as the matrix is not symmetric
+    left, values, _ = torch.linalg.svd(information)
+    expected = (left[:, :16] * values[:16]) @ left[:, :16].T
+    assert torch.allclose(inner / inner.norm(), expected / expected.norm(), atol=1e-3)
     unit = torch.nn.functional.normalize(vectors[5:45], dim=1)
     cosine = unit @ unit.T
     cosine.fill_diagonal_(torch.nan)
