@@ -395,6 +395,7 @@ def write_run(folder: Path, model: MaskedLM | Classifier, tokenizer: Tokenizer) 
                 "tokenizer": tokenizer.hash}
     with pretrain.Run(folder, settings, tokenizer) as run:
         run.save(1, model, [])
+    pretrain.write_json(folder / "results.json", {"accuracy": 0.5, "train_loss": 1.0})
     return folder
 
 
