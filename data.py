@@ -63,6 +63,7 @@ else:
     import fcntl
 
 SPLIT_SEED = 42  # of everything drawn once for all: article order, row samples
+CONTROLS = ("shuffled", "unigram")  # arms that are all articles with their tokens moved, so that no text is needed to choose them
 
 
 @dataclass(frozen=True)
@@ -754,6 +755,12 @@ def text_key(text: str, characters: int | None = None) -> str:
     return "".join(itertools.islice(filter(str.isalnum, text.casefold()), characters))
 
 
+def kept_out(tasks: Sequence[Task]) -> tuple[set[str], set[str]]:
+    """What no pre-training article may be: (keys of its text, case-folded titles) of the test texts of task `topics`."""
+    return ({text_key(text, 90) for task in tasks if task.name == "topics" for text, _ in task.test},
+            {title for task in tasks for title in task.test_titles})
+
+
 def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -> tuple[list[Article], list[Article]]:
     """The articles to train on and those held out, as the command line chose them, in a fixed random order.
 
@@ -768,8 +775,7 @@ def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -
         pool = wikimedia_articles(args.wiki, wanted + wanted // 50 + 1_100, args.raw_dir)
     else:
         pool = [Article(x["title"], x["extract"]) for x in vital_extracts(args.raw_dir)]
-    forbidden = {text_key(text, 90) for task in tasks if task.name == "topics" for text, _ in task.test}
-    titles = {title for task in tasks for title in task.test_titles}
+    forbidden, titles = kept_out(tasks)
     distinct: dict[str, Article] = {}
     for article in pool:
         key = text_key(article.text, 90)
@@ -1168,7 +1174,7 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     """What pre-training reads, as the command line chose it: the articles, or an arm of them (--arm). Where the same files were encoded
     before and no arm needs their texts, the token tables are taken as they are."""
     nothing_settled_twice(args)
-    needs_texts = args.arm in ("low", "random", "high", "clean")
+    needs_texts = args.arm not in (None, *CONTROLS)
     corpus = None if needs_texts else noted_corpus(args, tasks, vocab_size, max_length)
     articles: list[Article] = []
     if not corpus:
@@ -1192,7 +1198,7 @@ def corpus_note(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     if args.wiki or args.prepared or not all(file.exists() for file in files):
         return None
     decides = [[(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-               [sorted(t.test_titles) + [text for text, _ in t.test] for t in tasks if t.name == "topics"],
+               [sorted(part) for part in kept_out(tasks)],
                [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("data.py", "tokenizer.py")],
                str(args.tokenizer and Tokenizer.load(args.tokenizer).hash), args.articles_count, vocab_size, max_length]
     return args.runs_dir / "tables" / f"corpus-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.json"
@@ -1218,7 +1224,7 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
         raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
     if not 8 <= max_length <= 4096:
         raise InputError(f"--max-length {max_length}: must lie in 8..4096")
-    if args.prepared and args.arm not in (None, "shuffled", "unigram"):
+    if args.prepared and args.arm not in (None, *CONTROLS):
         raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.prepared:
         return load_prepared(args.prepared, args.articles_count, max_length), []
@@ -1385,7 +1391,7 @@ def shared_ngrams(articles: Sequence[Article], rows: Rows, n: int = 10) -> tuple
 
 def report_overlap(args: argparse.Namespace) -> None:
     """`data.py overlap`: each task's coverage by, and 10-grams shared with, the chosen articles or an arm of them."""
-    if args.arm in ("shuffled", "unigram"):
+    if args.arm in CONTROLS:
         raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
     for task in load_tasks(args):
         corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
@@ -1422,7 +1428,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--articles-count", type=int, default=0, metavar="N",
                        help="how many to train on (default: all; 20000 with --wiki). Paper: 20000, 40000, 90000")
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one")
-    group.add_argument("--arm", choices=("low", "random", "high", "clean", "shuffled", "unigram"),
+    group.add_argument("--arm", choices=("low", "random", "high", "clean", *CONTROLS),
                        help="a part of the articles: --arm-count of low, random or high token overlap with the task's training rows; "
                             "clean: all that share no 10 words in a row with its test rows; or a control: all, with their tokens shuffled "
                             "within each text, or drawn from the unigram distribution")
