@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, difference,
-                      finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy, run_probabilities,
-                      twin_seed, unit_values, votes)
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, check_entities,
+                      difference, finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy,
+                      run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record,
@@ -399,6 +399,8 @@ def train_and_judge(args: argparse.Namespace) -> None:
     hardware = choose_hardware(args.device, args.dtype)
     print(hardware.reason, flush=True)
     tasks = load_tasks(args)
+    for task in tasks:
+        check_entities(finetune_recipe.pooling, (text for text, _ in [*task.train, *task.test]), f"task {task.name}")
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
     deep, members = planned(args, recipe)
     if args.member is not None:

@@ -859,14 +859,13 @@ def clean_agnews(row: list[str]) -> str:
 
 
 def fewrel_text(instance: dict, markers: bool) -> str:
-    """The tokens of a FewRel instance, joined by blanks; markers: '#' around the head entity, '@' around the tail."""
+    """The tokens of a FewRel instance, joined by blanks; markers: "[#" and "#]" around the head entity, "[@" and "@]" around the tail."""
     tokens = list(instance["tokens"])
     if markers:
         for key, sign in (("h", "#"), ("t", "@")):
-            for i in instance[key][2][0][:1]:
-                tokens[i] = f"{sign} {tokens[i]}"
-            for i in instance[key][2][0][-1:]:
-                tokens[i] = f"{tokens[i]} {sign}"
+            place = instance[key][2][0]  # of its first mention
+            tokens[place[0]] = f"[{sign} {tokens[place[0]]}"
+            tokens[place[-1]] += f" {sign}]"
     return " ".join(tokens)
 
 

@@ -20,7 +20,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardw
                       choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, load_checkpoint, load_settings,
                       load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting, settings_hash,
                       short_memory_named, tokenizer_of, train, write_json)
-from tokenizer import Parser, Tokenizer
+from tokenizer import ENTITIES, Parser, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FinetuneRecipe(Optimisation):
     """Everything that decides what a fine-tuning run computes, but for initialisation, task and seed."""
 
     min_steps: int = setting(0, LENGTH, "at least so many steps, however few the rows: more passes are made")
-    pooling: str = setting("cls", SHAPE, "what the classifier reads: cls, the first token, or the mean of the tokens")
+    pooling: str = setting("cls", SHAPE, "what the classifier reads: cls, the first token, the mean of the tokens, or marked entities")
 
 
 PRESETS = {
@@ -77,6 +77,13 @@ class TaskTables:
         return cls(task, train, test, train_labels, test_labels, digest)
 
 
+def check_entities(pooling: str, texts: Iterable[str], where: str) -> None:
+    """Raises InputError for a text without a marked entity, where those are what the classifier reads."""
+    if pooling == "entities" and (bare := next((text for text in texts if not ENTITIES.search(text)), None)) is not None:
+        raise InputError(f"{where}: pooling entities, and no entity is marked in {bare[:60]!r}: write [#head#] and [@tail@]; "
+                         "--task fewrel with --entity-markers does")
+
+
 @torch.no_grad()
 def predict_logits(model: Callable, table: DeviceTable, hardware: Hardware, batch_size: int = 64) -> Tensor:
     """Logits of every text of a table, in its order: (texts, classes) float32 on the CPU. Texts of like length go together."""
@@ -103,6 +110,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
     full rate, since they hold nothing to spare; for BERT-6 that start is better, for BERT-1 level (results/recipe-search.json).
     wait: as for pretrain.
     """
+    check_entities(recipe.pooling, (text for text, _ in [*tables.task.train, *tables.task.test]), f"task {tables.task.name}")
     if checkpoint is None:
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
@@ -296,13 +304,14 @@ class Predictor:
     def __init__(self, folder: Path, hardware: Hardware, committee: nn.Module | None = None) -> None:
         settings = load_settings(folder, "finetune")
         self.classes, self.max_length, self.hardware = settings["classes"], settings["config"]["max_length"], hardware
-        self.tokenizer = tokenizer_of(folder, "finetune")
+        self.tokenizer, self.pooling = tokenizer_of(folder, "finetune"), settings["config"]["pooling"]
         self.model = committee or hardware.for_inference(load_classifier(folder))
         self.votes = committee is not None  # what it returns are probabilities already
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, float]]:
         """Class name -> probability, likeliest first, for every text."""
+        check_entities(self.pooling, texts, "--predict")
         ids = self.tokenizer.encode(texts, self.max_length)
         result = []
         for start in range(0, len(ids), batch_size):

@@ -29,7 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PAD = 0  # the id of [PAD]; tokenizer.py fixes the other special ids, the mathematics needs only this one
+PAD = 0  # the id of [PAD]; tokenizer.py fixes the special ids
+HEAD, TAIL = 4, 3  # the ids on both sides of a marked head and tail entity (tokenizer.py: [MASK], [SEP])
+POOLINGS = ("cls", "mean", "entities")
 
 
 # --------------------------------------------------------------------------------------------- configuration
@@ -48,7 +50,7 @@ class BertConfig:
     norm_eps: float = 1e-12
     init_std: float = 0.02
     local_start: float = 0.0  # > 0: heads begin by looking at neighbours, this sharply (see look_at_neighbours)
-    pooling: str = "cls"  # what the classifier reads: "cls", the first token, or "mean" of the real tokens
+    pooling: str = "cls"  # what the classifier reads (see pool)
     conv_channels: int = 0  # N; with conv_kernels, a convolutional stem before the layers
     conv_kernels: tuple[int, ...] = ()
     leaky_stem: bool = False  # True: the authors' stem, through which padding leaks (for comparison only)
@@ -57,8 +59,8 @@ class BertConfig:
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads: choose --heads to divide it")
-        if self.norm not in ("pre", "post") or self.pooling not in ("cls", "mean"):
-            raise ValueError(f"norm must be pre or post, pooling cls or mean; got {self.norm!r}, {self.pooling!r}")
+        if self.norm not in ("pre", "post") or self.pooling not in POOLINGS:
+            raise ValueError(f"norm must be pre or post, pooling one of {', '.join(POOLINGS)}; got {self.norm!r}, {self.pooling!r}")
         object.__setattr__(self, "conv_kernels", tuple(self.conv_kernels))  # a list, when read back from JSON
 
 
@@ -313,26 +315,39 @@ class MaskedLM(nn.Module):
         return F.linear(self.norm(F.gelu(self.dense(hidden))), self.bert.token.weight, self.bias)
 
 
+def pool(hidden: Tensor, input_ids: Tensor, pooling: str) -> Tensor:
+    """hidden: (..., B, T, C); input_ids: (B, T) -> what the classifier reads of each text, (..., B, C).
+
+    "cls": the first token. "mean": of the real tokens. "entities": the mean of the head entity beside the mean of the tail entity,
+    (..., B, 2 C), each with the mark before it (R-BERT: Wu and He, https://arxiv.org/abs/1905.08284); 0 for an entity that is not there.
+    """
+    if pooling == "cls":
+        return hidden[..., 0, :]
+    real = input_ids != PAD
+    if pooling == "mean":
+        return masked_mean(hidden, real)
+    return torch.cat([masked_mean(hidden, real & ((input_ids == mark).cumsum(1) == 1)) for mark in (HEAD, TAIL)], -1)
+
+
+def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of hidden (..., B, T, C) over the positions where mask (B, T) is true: (..., B, C); 0 where there are none."""
+    return (hidden * mask[:, :, None]).sum(-2) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 class Classifier(nn.Module):
-    """BERT with a classifier on the pooled, tanh-squashed first token (or on the mean of the real tokens)."""
+    """BERT with a classifier on what pool() makes of its output, squashed by a linear map and tanh."""
 
     def __init__(self, config: BertConfig, classes: int) -> None:
         super().__init__()
         self.config, self.classes = config, classes
         self.bert = Bert(config)
-        self.pooler = nn.Linear(config.width, config.width)
+        self.pooler = nn.Linear(config.width * (2 if config.pooling == "entities" else 1), config.width)
         self.output = nn.Linear(config.width, classes)
         initialise(self, config)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """input_ids: (B, T) -> logits (B, classes)."""
-        hidden = self.bert(input_ids)  # (B, T, C)
-        if self.config.pooling == "mean":
-            real = (input_ids != PAD)[:, :, None]
-            pooled = (hidden * real).sum(1) / real.sum(1)
-        else:
-            pooled = hidden[:, 0]
-        pooled = torch.tanh(self.pooler(pooled))
+        pooled = torch.tanh(self.pooler(pool(self.bert(input_ids), input_ids, self.config.pooling)))
         return self.output(dropout(pooled, self.config.dropout) if self.training else pooled)
 
 
@@ -406,8 +421,7 @@ class Committee(nn.Module):
             x = x + y if pre else self.norm(x + y, name + ".mlp_norm")
         if pre:
             x = self.norm(x, "bert.final_norm")
-        x = x.view(-1, B, T, C)
-        pooled = (x * real[..., None]).sum(2) / real.sum(1)[:, None] if self.config.pooling == "mean" else x[:, :, 0]
+        pooled = pool(x.view(-1, B, T, C), input_ids, self.config.pooling)
         return self.linear(torch.tanh(self.linear(pooled, "pooler")), "output")
 
 
@@ -427,12 +441,12 @@ def count_operations(config: BertConfig, tokens: int, classes: int = 0, masked: 
     layer = 2 * T * 12 * C * C + 4 * T * T * C  # four projections' worth, eight for the feed-forward; scores and mix
     channels = [1] + [config.conv_channels] * len(config.conv_kernels) + [1]
     stem = sum(2 * T * C * n * m * k * k for n, m, k in zip(channels, channels[1:], (*config.conv_kernels, 1)))
-    head = 2 * masked * C * (C + config.vocab_size) + (2 * C * (C + classes) if classes else 0)
+    head = 2 * masked * C * (C + config.vocab_size) + (2 * C * (C * (2 if config.pooling == "entities" else 1) + classes) if classes else 0)
     return config.layers * layer + (stem if config.conv_kernels else 0) + head
 
 
 # -------------------------------------------------------------------------------------- Hugging Face's names
-# BERT is their type "bert", a pre-norm model their "megatron-bert"; stems and mean pooling have no counterpart there.
+# BERT is their type "bert", a pre-norm model their "megatron-bert"; stems and other pooling than cls have no counterpart there.
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
 TIED = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",  # a copy -> the tensor it repeats
@@ -460,7 +474,7 @@ def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -
     """(config.json, tensors by their names). classes: a classifier's. Raises ValueError for what cannot be said there."""
     c, pre, classifier = model.config, model.config.norm == "pre", isinstance(model, Classifier)
     if c.conv_kernels or classifier and c.pooling != "cls":
-        raise ValueError(f"{'a convolutional stem' if c.conv_kernels else 'mean pooling'} has no counterpart in Hugging Face's "
+        raise ValueError(f"{'a convolutional stem' if c.conv_kernels else f'pooling {c.pooling}'} has no counterpart in Hugging Face's "
                          "BERT: only models without a stem, and classifiers with --pooling cls, can be exported")
     tensors = {TYPE_TABLE: torch.zeros(1, c.width)}  # for the one segment; what it adds is in our position table
     for name, theirs in hugging_face_names(model).items():

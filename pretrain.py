@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, full_disk_named, load_corpus,
                   load_tasks, run_script, write_atomically)
-from model import (MODELS, Attention, BertConfig, Classifier, MaskedLM, attention_weights, count_parameters, from_hugging_face,
+from model import (MODELS, POOLINGS, Attention, BertConfig, Classifier, MaskedLM, attention_weights, count_parameters, from_hugging_face,
                    named_config, to_hugging_face, write_safetensors)
 from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer, hugging_face_files
 
@@ -150,7 +150,7 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
 
 def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
     """The recipe itself. Raises InputError, naming the flag, for impossible values."""
-    for name, known in (("optimizer", ("adamw", "muon")), ("norm", ("post", "pre")), ("pooling", ("cls", "mean"))):
+    for name, known in (("optimizer", ("adamw", "muon")), ("norm", ("post", "pre")), ("pooling", POOLINGS)):
         if getattr(recipe, name, known[0]) not in known:
             raise InputError(f"--{prefix}{name} {getattr(recipe, name)}: there are {' and '.join(known)}")
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),

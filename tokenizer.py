@@ -36,6 +36,9 @@ SPECIALS: dict[str, Any] = dict(pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, 
 TRAINING: dict[str, Any] = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995,
                                 num_threads=4, minloglevel=2)
 # Exercise: train with model_type="bpe" and compare the pieces of one text (--show). Which of the two cuts words where you would?
+# Two entities in a text may be marked: "[#Paris#] is the capital of [@France@]". A mark becomes one token that no text of a task
+# has within: [MASK] on both sides of the head entity, [SEP] on both sides of the tail. model.py's pool knows them by these ids.
+ENTITIES = re.compile(r"\[#(.+?)#\]|\[@(.+?)@\]")
 LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 without a word
 
 
@@ -163,11 +166,23 @@ class Tokenizer:
             raise InputError(f"{path}: {error.strerror}; name a .model file, or train one with --train") from None
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[np.ndarray]:
-        """Token ids of each text, uint16: [CLS] pieces [SEP], cut to max_length in all."""
+        """Token ids of each text, uint16: [CLS] pieces [SEP], cut to max_length in all. Marks around entities are a token each."""
         # a lone surrogate cannot be encoded in UTF-8; it becomes "?"
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         ids = self.pieces.encode(clean, num_threads=2)
+        for i, text in enumerate(clean):
+            if "[#" in text or "[@" in text:
+                ids[i] = self.marked(text)
         return [np.array([CLS, *piece_ids[: max_length - 2], SEP], dtype=np.uint16) for piece_ids in ids]
+
+    def marked(self, text: str) -> list[int]:
+        """Token ids of a text with marked entities, without [CLS] and the last [SEP]."""
+        outside, *found = ENTITIES.split(text)
+        ids = self.pieces.encode(outside)
+        for head, tail, outside in zip(*(found[i::3] for i in range(3))):  # one of head and tail is None
+            mark = MASK if head else SEP
+            ids += [mark, *self.pieces.encode(head or tail), mark, *self.pieces.encode(outside)]
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out. Raises InputError for ids beyond the vocabulary."""

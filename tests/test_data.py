@@ -18,7 +18,7 @@ from data import (DeviceTable, InputError, batch_order, coverage, encode_article
                   pretraining_articles, read_articles, read_task, read_task_files, sample_task, scramble, select_arm,
                   shared_ngrams, subset, text_key)
 from material import articles, small_tokenizer, write_articles, write_raw_folder, write_task_file, write_vital
-from tokenizer import CLS, FIRST_PIECE, PAD, SEP, Tokenizer, train_tokenizer, training_lines
+from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, Tokenizer, train_tokenizer, training_lines
 
 
 def arguments(**changes) -> argparse.Namespace:
@@ -37,6 +37,17 @@ def test_special_tokens_never_come_from_text() -> None:
     assert tokenizer.decode(tokenizer.encode(["The River of JAPAN"], 100)[0]) == "the river of japan"  # case-folded
     assert len(tokenizer.encode(["river " * 500], 32)[0]) == 32
     assert [len(x) for x in tokenizer.encode(["", "\ud800"], 32)][0] == 2  # an empty text is [CLS] [SEP]
+
+
+def test_marks_around_entities_are_a_token_each() -> None:
+    tokenizer = small_tokenizer()
+    encode = lambda text: tokenizer.encode([text], 100)[0].tolist()  # noqa: E731
+    inner = lambda text: encode(text)[1:-1]  # noqa: E731
+    assert encode("the [# river #] of [@ japan @] today") == [
+        CLS, *inner("the"), MASK, *inner("river"), MASK, *inner("of"), SEP, *inner("japan"), SEP, *inner("today"), SEP]
+    assert encode("[@japan@] [#river#]") == [CLS, SEP, *inner("japan"), SEP, MASK, *inner("river"), MASK, SEP]
+    assert MASK not in encode("x[#note] y [@ z") and encode("x[#note] y [@ z").count(SEP) == 1  # no marks: they do not close
+    assert tokenizer.decode(encode("the [# river #] of [@ japan @]")) == "the river of japan"
 
 
 def test_tokenizer_training_is_repeatable_and_names_its_limits() -> None:
@@ -128,7 +139,7 @@ def test_official_layouts(tmp_path: Path) -> None:
     classes, rows, test, _ = read_task("fewrel", raw)
     assert classes == ["first relation", "second", "P3"] and test is None and Counter(c for _, c in rows) == {0: 22, 1: 22, 2: 20}
     marked = read_task("fewrel", raw, markers=True)[1]
-    assert marked[0][0].startswith(f"# {rows[0][0].split()[0]} # row")
+    assert marked[0][0].startswith(f"[# {rows[0][0].split()[0]} #] row") and "[@ " in marked[0][0]
     classes, rows, test, _ = read_task("agnews", raw)
     assert len(classes) == 4 and len(rows) == len(test) == 81
     assert rows[0][0].startswith("Title 1 0 The firm's stock rose")

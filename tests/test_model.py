@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from committee import SoftCommittee, agreement, calibration_error
-from model import (MODELS, PAD, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand, count_operations,
-                   count_parameters, dropout, named_config)
+from model import (HEAD, MODELS, PAD, TAIL, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand,
+                   count_operations, count_parameters, dropout, named_config, pool)
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -46,6 +46,19 @@ def test_padding_changes_nothing(name: str, norm: str) -> None:
             torch.testing.assert_close(classifier(alone)[0], together[row])  # float64: to 1e-7
             torch.testing.assert_close(classifier.bert(alone)[0], hidden[row, :length])
             torch.testing.assert_close(lm(alone, torch.tensor([1])), lm(batch, torch.tensor([row * 16 + 1])))
+
+
+def test_pooling_by_hand() -> None:
+    ids = torch.tensor([[2, 7, HEAD, 8, 9, HEAD, TAIL, 7, TAIL, TAIL, PAD, PAD],  # the last real token is [SEP]
+                        [2, TAIL, 7, 8, TAIL, 9, HEAD, 7, 7, 7, TAIL, PAD],  # the head entity is cut off
+                        [2, 7, 7, TAIL, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD]])  # none is marked
+    x = torch.randn(2, 3, 12, 4)  # two members
+    none = torch.zeros(2, 4)
+    heads = [x[:, 0, 2:5].mean(1), x[:, 1, 6:11].mean(1), none]
+    tails = [x[:, 0, 6:8].mean(1), x[:, 1, 1:4].mean(1), x[:, 2, 3]]
+    torch.testing.assert_close(pool(x, ids, "entities"), torch.cat([torch.stack(heads, 1), torch.stack(tails, 1)], -1))
+    torch.testing.assert_close(pool(x[0], ids, "mean"), torch.stack([x[0, 0, :10].mean(0), x[0, 1, :11].mean(0), x[0, 2, :4].mean(0)]))
+    assert torch.equal(pool(x, ids, "cls"), x[:, :, 0])
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if "conv" in n])
@@ -87,10 +100,11 @@ def test_the_switch_between_the_two_attentions(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("norm, pooling", [("post", "cls"), ("pre", "mean")])
+@pytest.mark.parametrize("norm, pooling", [("post", "cls"), ("pre", "mean"), ("pre", "entities")])
 def test_batched_committee_is_the_loop(name: str, norm: str, pooling: str) -> None:
     members = [shake(Classifier(small(name, norm=norm, pooling=pooling), 6), seed).double().eval() for seed in range(3)]
     batch = ragged_batch((5, 9, 16, 2), 16)
+    batch[0, [1, 3]], batch[1, [2, 4]], batch[2, [3, 9]] = HEAD, TAIL, HEAD
     with torch.no_grad():
         loop = torch.stack([member(batch) for member in members])
     torch.testing.assert_close(Committee(members)(batch), loop)

@@ -100,6 +100,27 @@ def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
     assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80
 
 
+def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
+    """Two classes of the same words: which of the two countries is the head?"""
+    for part, n in (("train", 40), ("test", 20)):
+        rows = [f'{head},"from {a} to {b} by river {n * i}"\n' for i in range(n)
+                for head, ends in (("france", ("[# france #]", "[@ japan @]")), ("japan", ("[@ france @]", "[# japan #]")))
+                for a, b in (ends, ends[::-1])]
+        (material / f"head-{part}.csv").write_text("".join(["label,text\n", *rows]), encoding="utf-8")
+    command = ["finetune.py", *sources(material), "--model", "bert-1", "--task-file", material / "head-train.csv", material / "head-test.csv"]
+    out = run(*command, "--epochs", "15", "--pooling", "entities")
+    assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 95
+    (folder,) = (material / "runs/finetune").glob("head-train-scratch-*")
+    for text, label in (("from [@ japan @] to [# france #] by river", "france"), ("from [@ france @] to [# japan #]", "japan")):
+        assert json.loads(run("finetune.py", "--predict", text, folder))["label"] == label
+    assert "no entity is marked in 'japan'" in run("finetune.py", "--predict", "japan", folder, status=2)
+    assert "entity is marked in" in run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class",
+                                        "4", "--ft-pooling", "entities", status=2)
+    out = run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--deep", "none",
+              "--members", "2", "--ft-pooling", "entities", "--entity-markers")
+    assert "committee of 2 bert-1" in out
+
+
 def test_another_script_than_latin(material: Path) -> None:
     """README's walk through one's own data, in Greek letters: a text file, a CSV with Greek class names, a prediction."""
     greek = str.maketrans("abcdefghijklmnopqrstuvwxyz", "αβψδεφγηιξκλμνοπχρστθωςχυζ")
