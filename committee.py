@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
-from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, check_entities,
+from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, check_task,
                       difference, finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy,
                       run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
@@ -400,7 +400,7 @@ def train_and_judge(args: argparse.Namespace) -> None:
     print(hardware.reason, flush=True)
     tasks = load_tasks(args)
     for task in tasks:
-        check_entities(finetune_recipe.pooling, (text for text, _ in [*task.train, *task.test]), f"task {task.name}")
+        check_task(finetune_recipe.pooling, task)  # before anything is pre-trained
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
     deep, members = planned(args, recipe)
     if args.member is not None:

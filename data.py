@@ -1444,7 +1444,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train-per-class", type=int, metavar="N", help="training rows a class (default: the preset's)")
     group.add_argument("--test-per-class", type=int, metavar="N", help="test rows a class (default: the preset's)")
     group.add_argument("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")
-    group.add_argument("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text")
+    group.add_argument("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text (for pooling entities)")
     group.add_argument("--tune", action="store_true",
                        help="test on a fifth of the training rows instead of the test rows: for making choices")
 

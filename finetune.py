@@ -43,7 +43,7 @@ class FinetuneRecipe(Optimisation):
     """Everything that decides what a fine-tuning run computes, but for initialisation, task and seed."""
 
     min_steps: int = setting(0, LENGTH, "at least so many steps, however few the rows: more passes are made")
-    pooling: str = setting("cls", SHAPE, "what the classifier reads: cls, the first token, the mean of the tokens, or marked entities")
+    pooling: str = setting("cls", SHAPE, "what the classifier reads: cls (the first token), mean (of all tokens), entities (two marked ones)")
 
 
 PRESETS = {
@@ -78,10 +78,15 @@ class TaskTables:
 
 
 def check_entities(pooling: str, texts: Iterable[str], where: str) -> None:
-    """Raises InputError for a text without a marked entity, where those are what the classifier reads."""
-    if pooling == "entities" and (bare := next((text for text in texts if not ENTITIES.search(text)), None)) is not None:
-        raise InputError(f"{where}: pooling entities, and no entity is marked in {bare[:60]!r}: write [#head#] and [@tail@]; "
-                         "--task fewrel with --entity-markers does")
+    """Raises InputError for a text in which head and tail are not both marked, where those are what the classifier reads."""
+    for text in texts if pooling == "entities" else ():
+        if {bool(head) for head, _ in ENTITIES.findall(text)} != {True, False}:
+            raise InputError(f"{where}: pooling entities reads two marked entities, [#head#] and [@tail@]; not both are in {text[:60]!r} "
+                             "(FewRel: --entity-markers; for --prepared, at data.py encode)")
+
+
+def check_task(pooling: str, task: Task) -> None:
+    check_entities(pooling, (text for text, _ in [*task.train, *task.test]), f"task {task.name}")
 
 
 @torch.no_grad()
@@ -110,7 +115,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
     full rate, since they hold nothing to spare; for BERT-6 that start is better, for BERT-1 level (results/recipe-search.json).
     wait: as for pretrain.
     """
-    check_entities(recipe.pooling, (text for text, _ in [*tables.task.train, *tables.task.test]), f"task {tables.task.name}")
+    check_task(recipe.pooling, tables.task)
     if checkpoint is None:
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
@@ -311,7 +316,7 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, float]]:
         """Class name -> probability, likeliest first, for every text."""
-        check_entities(self.pooling, texts, "--predict")
+        check_entities(self.pooling, texts, "a text to classify")
         ids = self.tokenizer.encode(texts, self.max_length)
         result = []
         for start in range(0, len(ids), batch_size):

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-PAD = 0  # the id of [PAD]; tokenizer.py fixes the special ids
-HEAD, TAIL = 4, 3  # the ids on both sides of a marked head and tail entity (tokenizer.py: [MASK], [SEP])
+PAD = 0  # the ids that the mathematics needs, fixed by tokenizer.py: [PAD];
+HEAD, TAIL = 4, 3  # [MASK] and [SEP], which stand on both sides of a marked head and tail entity
 POOLINGS = ("cls", "mean", "entities")
 
 
@@ -62,6 +62,11 @@ class BertConfig:
         if self.norm not in ("pre", "post") or self.pooling not in POOLINGS:
             raise ValueError(f"norm must be pre or post, pooling one of {', '.join(POOLINGS)}; got {self.norm!r}, {self.pooling!r}")
         object.__setattr__(self, "conv_kernels", tuple(self.conv_kernels))  # a list, when read back from JSON
+
+    @property
+    def pooled_width(self) -> int:
+        """Numbers that the classifier reads of a text."""
+        return self.width * (2 if self.pooling == "entities" else 1)
 
 
 # name -> (layers, width relative to --width, channels of the stem, its kernels); paper, table of BERT-1 variants
@@ -318,8 +323,9 @@ class MaskedLM(nn.Module):
 def pool(hidden: Tensor, input_ids: Tensor, pooling: str) -> Tensor:
     """hidden: (..., B, T, C); input_ids: (B, T) -> what the classifier reads of each text, (..., B, C).
 
-    "cls": the first token. "mean": of the real tokens. "entities": the mean of the head entity beside the mean of the tail entity,
-    (..., B, 2 C), each with the mark before it (R-BERT: Wu and He, https://arxiv.org/abs/1905.08284); 0 for an entity that is not there.
+    "cls": the first token. "mean": of the real tokens. "entities": the mean over the first head entity beside the mean over the first
+    tail entity, (..., B, 2 C), each with its opening mark (after R-BERT, Wu and He, https://arxiv.org/abs/1905.08284, which reads [CLS]
+    too). An entity whose closing mark is cut off reaches to the end; where no head is left that is 0, where no tail is, the last [SEP].
     """
     if pooling == "cls":
         return hidden[..., 0, :]
@@ -341,7 +347,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.config, self.classes = config, classes
         self.bert = Bert(config)
-        self.pooler = nn.Linear(config.width * (2 if config.pooling == "entities" else 1), config.width)
+        self.pooler = nn.Linear(config.pooled_width, config.width)
         self.output = nn.Linear(config.width, classes)
         initialise(self, config)
 
@@ -441,7 +447,7 @@ def count_operations(config: BertConfig, tokens: int, classes: int = 0, masked: 
     layer = 2 * T * 12 * C * C + 4 * T * T * C  # four projections' worth, eight for the feed-forward; scores and mix
     channels = [1] + [config.conv_channels] * len(config.conv_kernels) + [1]
     stem = sum(2 * T * C * n * m * k * k for n, m, k in zip(channels, channels[1:], (*config.conv_kernels, 1)))
-    head = 2 * masked * C * (C + config.vocab_size) + (2 * C * (C * (2 if config.pooling == "entities" else 1) + classes) if classes else 0)
+    head = 2 * masked * C * (C + config.vocab_size) + (2 * C * (config.pooled_width + classes) if classes else 0)
     return config.layers * layer + (stem if config.conv_kernels else 0) + head
 
 

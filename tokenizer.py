@@ -36,10 +36,10 @@ SPECIALS: dict[str, Any] = dict(pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, 
 TRAINING: dict[str, Any] = dict(model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995,
                                 num_threads=4, minloglevel=2)
 # Exercise: train with model_type="bpe" and compare the pieces of one text (--show). Which of the two cuts words where you would?
-# Two entities in a text may be marked: "[#Paris#] is the capital of [@France@]". A mark becomes one token that no text of a task
-# has within: [MASK] on both sides of the head entity, [SEP] on both sides of the tail. model.py's pool knows them by these ids.
-ENTITIES = re.compile(r"\[#(.+?)#\]|\[@(.+?)@\]")
 LONGEST_LINE = 4_000  # bytes; SentencePiece drops training lines over 4,192 without a word
+# Two entities in a text may be marked: "[#Paris#] is the capital of [@France@]". Each mark becomes one special token, which nothing
+# else inside a text becomes: [MASK] on both sides of the head entity, [SEP] on both sides of the tail (HEAD and TAIL of model.py).
+ENTITIES = re.compile(r"\[#(.+?)#\]|\[@(.+?)@\]", re.DOTALL)
 
 
 class InputError(Exception):
@@ -176,13 +176,13 @@ class Tokenizer:
         return [np.array([CLS, *piece_ids[: max_length - 2], SEP], dtype=np.uint16) for piece_ids in ids]
 
     def marked(self, text: str) -> list[int]:
-        """Token ids of a text with marked entities, without [CLS] and the last [SEP]."""
-        outside, *found = ENTITIES.split(text)
-        ids = self.pieces.encode(outside)
-        for head, tail, outside in zip(*(found[i::3] for i in range(3))):  # one of head and tail is None
-            mark = MASK if head else SEP
-            ids += [mark, *self.pieces.encode(head or tail), mark, *self.pieces.encode(outside)]
-        return ids
+        """Token ids of a text with marked entities, without [CLS] and the last [SEP]; each stretch is encoded by itself."""
+        ids, end = [], 0
+        for found in ENTITIES.finditer(text):
+            mark = MASK if found[1] else SEP
+            ids += [*self.pieces.encode(text[end : found.start()]), mark, *self.pieces.encode(found[1] or found[2]), mark]
+            end = found.end()
+        return ids + self.pieces.encode(text[end:])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special tokens are left out. Raises InputError for ids beyond the vocabulary."""
@@ -240,7 +240,7 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 def hugging_face_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json, with which Hugging Face's AutoTokenizer gives the same ids.
 
-    Where it cannot: it takes "[MASK]" and the other special tokens in a text for those tokens (its fill-mask needs that);
+    Where it cannot: it knows no marks around entities; it takes "[MASK]" and the other special tokens in a text for those tokens (its fill-mask needs that);
     it drops a combining mark or joiner after a capital or other character that the normalisation replaces, unless the two
     have a composed form; it composes marks that stand in an unusual order; and of segmentations with equal scores it may
     choose another. Raises InputError for a .model unlike ours.

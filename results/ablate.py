@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, read_task, run_script, sample_task,  # noqa: E402
                   text_key)
-from finetune import PRESETS as FINETUNE, TaskTables, finetune, points, twin_seed  # noqa: E402
+from finetune import PRESETS as FINETUNE, TaskTables, check_task, finetune, points, twin_seed  # noqa: E402
 from model import MODELS  # noqa: E402
 from pretrain import (PRESETS, add_run_flags, break_step, checked, choose_hardware, load_pretrained, number, pretrain,  # noqa: E402
                       read_json, read_log, result_record, write_json)
@@ -94,6 +94,8 @@ def main() -> None:
     ft_recipes = {name: changed(FINETUNE[args.preset], changes, "--ft-arms") for name, changes in args.ft_arms.items()}
     (real,) = load_tasks(args)
     task = tuning_task(real, args)
+    for recipe in ft_recipes.values():
+        check_task(recipe.pooling, task)
     corpora: dict[tuple[int, int], Corpus] = {}
     arms: dict[str, dict] = {}
     for name, recipe in recipes.items():

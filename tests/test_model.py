@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tokenizer
 from committee import SoftCommittee, agreement, calibration_error
 from model import (HEAD, MODELS, PAD, TAIL, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand,
                    count_operations, count_parameters, dropout, named_config, pool)
@@ -49,6 +50,7 @@ def test_padding_changes_nothing(name: str, norm: str) -> None:
 
 
 def test_pooling_by_hand() -> None:
+    assert (PAD, HEAD, TAIL) == (tokenizer.PAD, tokenizer.MASK, tokenizer.SEP)
     ids = torch.tensor([[2, 7, HEAD, 8, 9, HEAD, TAIL, 7, TAIL, TAIL, PAD, PAD],  # the last real token is [SEP]
                         [2, TAIL, 7, 8, TAIL, 9, HEAD, 7, 7, 7, TAIL, PAD],  # the head entity is cut off
                         [2, 7, 7, TAIL, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD]])  # none is marked

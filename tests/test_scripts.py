@@ -113,12 +113,12 @@ def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
     (folder,) = (material / "runs/finetune").glob("head-train-scratch-*")
     for text, label in (("from [@ japan @] to [# france #] by river", "france"), ("from [@ france @] to [# japan #]", "japan")):
         assert json.loads(run("finetune.py", "--predict", text, folder))["label"] == label
-    assert "no entity is marked in 'japan'" in run("finetune.py", "--predict", "japan", folder, status=2)
-    assert "entity is marked in" in run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class",
-                                        "4", "--ft-pooling", "entities", status=2)
-    out = run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--deep", "none",
-              "--members", "2", "--ft-pooling", "entities", "--entity-markers")
-    assert "committee of 2 bert-1" in out
+    for text in ("japan", "[# japan #] to france", "from [@ japan @]"):
+        assert f"not both are in '{text}'" in run("finetune.py", "--predict", text, folder, status=2)
+    command = ["committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--deep", "none",
+               "--members", "2", "--ft-pooling", "entities"]
+    assert "task fewrel: pooling entities" in run(*command, status=2)
+    assert "committee of 2 bert-1" in run(*command, "--entity-markers")
 
 
 def test_another_script_than_latin(material: Path) -> None:
