@@ -43,7 +43,7 @@ class FinetuneRecipe(Optimisation):
     """Everything that decides what a fine-tuning run computes, but for initialisation, task and seed."""
 
     min_steps: int = setting(0, LENGTH, "at least so many steps, however few the rows: more passes are made")
-    pooling: str = setting("cls", SHAPE, "what the classifier reads: cls (the first token), mean (of all tokens), entities (two marked ones)")
+    pooling: str = setting("cls", SHAPE, "what the classifier reads: cls (first token), mean (of all tokens), entities (two, marked)")
 
 
 PRESETS = {

@@ -240,8 +240,8 @@ def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
 def hugging_face_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
     """tokenizer.json and tokenizer_config.json, with which Hugging Face's AutoTokenizer gives the same ids.
 
-    Where it cannot: it knows no marks around entities; it takes "[MASK]" and the other special tokens in a text for those tokens (its fill-mask needs that);
-    it drops a combining mark or joiner after a capital or other character that the normalisation replaces, unless the two
+    Where it cannot: it knows no marks around entities; it takes "[MASK]" and the other special tokens in a text for those tokens
+    (its fill-mask needs that); it drops a combining mark or joiner after a capital or other character that the normalisation replaces, unless the two
     have a composed form; it composes marks that stand in an unusual order; and of segmentations with equal scores it may
     choose another. Raises InputError for a .model unlike ours.
     """

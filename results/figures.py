@@ -282,8 +282,8 @@ def half_hour(cells: dict[str, Cell]) -> str:
 
 
 def markers(cells: dict[str, Cell]) -> str:
-    return "\n\n".join(arms_table(f"recipe-markers-{model}.json", f"{model.upper()}, 90,000 articles, {minutes} minutes on one core; entities "
-                                  "marked, the classifier reads") for model, minutes in (("bert-1", "five"), ("bert-6", "ten")))
+    return "\n\n".join(arms_table(f"recipe-markers-{model}.json", f"{model.upper()}, 90,000 articles, {minutes} minutes on one core; "
+                                  "entities marked, the classifier reads") for model, minutes in (("bert-1", "five"), ("bert-6", "ten")))
 
 
 # ------------------------------------------------------------------------------- speed, tests/benchmark_speed.py
