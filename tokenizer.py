@@ -241,9 +241,9 @@ def hugging_face_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]
     """tokenizer.json and tokenizer_config.json, with which Hugging Face's AutoTokenizer gives the same ids.
 
     Where it cannot: it knows no marks around entities; it takes "[MASK]" and the other special tokens in a text for those tokens
-    (its fill-mask needs that); it drops a combining mark or joiner after a capital or other character that the normalisation replaces, unless the two
-    have a composed form; it composes marks that stand in an unusual order; and of segmentations with equal scores it may
-    choose another. Raises InputError for a .model unlike ours.
+    (its fill-mask needs that); it drops a combining mark or joiner after a capital or other character that the normalisation
+    replaces, unless the two have a composed form; it composes marks that stand in an unusual order; and of segmentations with
+    equal scores it may choose another. Raises InputError for a .model unlike ours.
     """
     fields = list(protobuf_fields(tokenizer.model))
     pieces = [dict(protobuf_fields(value)) for number, value in fields if number == 1]  # 1 piece, 2 score, 3 type (1: normal)
