@@ -86,6 +86,7 @@ def check_entities(pooling: str, texts: Iterable[str], where: str) -> None:
 
 
 def check_task(pooling: str, task: Task) -> None:
+    """The same for all the texts of a task."""
     check_entities(pooling, (text for text, _ in [*task.train, *task.test]), f"task {task.name}")
 
 

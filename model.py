@@ -480,7 +480,7 @@ def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -
     """(config.json, tensors by their names). classes: a classifier's. Raises ValueError for what cannot be said there."""
     c, pre, classifier = model.config, model.config.norm == "pre", isinstance(model, Classifier)
     if c.conv_kernels or classifier and c.pooling != "cls":
-        raise ValueError(f"{'a convolutional stem' if c.conv_kernels else f'pooling {c.pooling}'} has no counterpart in Hugging Face's "
+        raise ValueError(f"{'a convolutional stem' if c.conv_kernels else f'{c.pooling} pooling'} has no counterpart in Hugging Face's "
                          "BERT: only models without a stem, and classifiers with --pooling cls, can be exported")
     tensors = {TYPE_TABLE: torch.zeros(1, c.width)}  # for the one segment; what it adds is in our position table
     for name, theirs in hugging_face_names(model).items():
