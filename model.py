@@ -249,6 +249,8 @@ class Bert(nn.Module):
         x = self.token(input_ids) + self.position.weight[: input_ids.size(1)]
         if self.config.norm == "post":
             x = self.embedding_norm(x)
+        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))  # the layers' sums and norms in that type too: half the memory, no casts between
         if self.training:
             x = dropout(x, self.config.dropout)
         if self.stem is not None:

@@ -66,6 +66,11 @@ class Bench:
         chosen = self.task.test[:: max(1, len(self.task.test) // test_rows)][:test_rows]
         return TaskTables.make(replace(self.task, test=chosen), self.corpus.tokenizer, LENGTH, self.folder, self.hardware.device)
 
+    def untrimmed(self, tables: TaskTables, part: str) -> TokenTable:
+        """The "train" or "test" rows as a table that the reference pads by itself."""
+        texts = [text for text, _ in getattr(tables.task, part)]
+        return make_table(texts, self.corpus.tokenizer, LENGTH, self.folder, f"{self.task.name}-{part}")
+
     def throw_away(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder))
 
@@ -131,7 +136,7 @@ class Theirs:
     def timed(self, steps: int, step: Callable[[np.ndarray], Tensor], unit: int) -> Rates:
         rates, B = [], self.reference.batch_size
         with self.autocast():
-            step(np.arange(2))  # warm-up
+            step(np.arange(B))  # warm-up
         for i in range(steps):
             start = synchronised(self.device)
             with self.autocast():
@@ -167,6 +172,29 @@ class Theirs:
 
 def their_pretraining(bench: Bench, reference: Reference, steps: int, dtype: torch.dtype | None = None) -> Rates:
     return Theirs(bench, reference, dtype=dtype).pretraining(steps)
+
+
+def their_finetuning(bench: Bench, reference: Reference, steps: int) -> Rates:
+    tables, theirs = bench.tables(64), Theirs(bench, reference, len(bench.task.classes))
+    return theirs.finetuning(tables, bench.untrimmed(tables, "train"), steps)
+
+
+def their_prediction(bench: Bench, reference: Reference, rows: int) -> Rates:
+    return Theirs(bench, reference, len(bench.task.classes)).prediction(bench.untrimmed(bench.tables(rows), "test"), rows)
+
+
+def their_committee(bench: Bench, reference: Reference, K: int, texts: int) -> dict:
+    """What measure_latency tells of K models of theirs, asked one after the other."""
+    members = [Theirs(bench, reference, len(bench.task.classes)) for _ in range(K)]
+    for member in members:
+        member.model.eval()
+    return measure_latency({"theirs": partial(in_turn, members)}, bench.tables(128), bench.hardware, texts=texts)["theirs"]
+
+
+@torch.no_grad()
+def in_turn(members: Sequence[Theirs], ids: Tensor) -> Tensor:
+    """Their soft vote: (B, T) -> probabilities (B, classes)."""
+    return sum(member.logits(ids).softmax(-1) for member in members) / len(members)
 
 
 # -------------------------------------------------------------------------------------------------------- measuring and telling
@@ -243,34 +271,31 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
         if model == "bert-6":
             rows.append(row("    its peak memory", "GB", rows[-1]["ours_memory_gb"], rows[-1]["reference_memory_gb"], 1 / 0.6))
 
+    # the other rows: ours here, theirs in one process of its own, so that neither has what the other asks of the C library
+    theirs = multiprocessing.get_context("spawn").Pool(1)
     classes, test = len(bench.task.classes), (128 if quick else 512)
-    tables = bench.tables(test)
-    texts = {part: make_table([text for text, _ in rows_], bench.corpus.tokenizer, LENGTH, bench.folder, f"{bench.task.name}-{part}")
-             for part, rows_ in (("train", tables.task.train), ("test", tables.task.test))}
-    deep = Theirs(bench, Reference(vocab_size=V), classes)
     rows.append(row(f"fine-tuning step, paper's bert-6, {bench.task.name}", "texts/s", *alternate(
-        partial(our_finetuning, bench, "bert-6", 4 * steps), partial(deep.finetuning, tables, texts["train"], steps), rounds), 7.0))
+        partial(our_finetuning, bench, "bert-6", 4 * steps),
+        partial(theirs.apply, their_finetuning, (bench, Reference(vocab_size=V), steps)), rounds), 7.0))
 
     def classifier(model: str) -> Classifier:
         return hardware.for_inference(Classifier(named_config(model, PAPER.width, vocab_size=V, max_length=LENGTH), classes))
 
     our_deep = classifier("bert-6")
     rows.append(row(f"prediction, paper's bert-6, {bench.task.name}", "texts/s", *alternate(
-        partial(our_prediction, bench, our_deep, test), partial(deep.prediction, texts["test"], test), rounds), 8.0))
-    del deep
+        partial(our_prediction, bench, our_deep, test),
+        partial(theirs.apply, their_prediction, (bench, Reference(vocab_size=V), test)), rounds), 8.0))
 
-    members = [Theirs(bench, Reference(layers=1, vocab_size=V), classes) for _ in range(5)]
-    for member in members:
-        member.model.eval()
-    latency = measure_latency({
-        "bert-6": our_deep, "ours": SoftCommittee([classifier("bert-1") for _ in range(5)]),
-        "theirs": partial(five_in_turn, members)}, bench.tables(128), hardware, texts=20 if quick else 60)
+    texts = 20 if quick else 60
+    latency = measure_latency({"bert-6": our_deep, "ours": SoftCommittee([classifier("bert-1") for _ in range(5)])}, bench.tables(128), hardware,
+                              texts=texts)
+    latency["theirs"] = theirs.apply(their_committee, (bench, Reference(layers=1, vocab_size=V), 5, texts))
     rows.append(row("soft committee of 5 paper's bert-1, 1 text", "ms", latency["ours"]["median"], latency["theirs"]["median"], 3.0,
                     ours_p10_p90=[latency["ours"]["p10"], latency["ours"]["p90"]]))
     rows.append(row("    the same against our own bert-6, 1 text", "ms", latency["ours"]["median"], latency["bert-6"]["median"], 1.0))
     rows.append(row("soft committee of 5 paper's bert-1, batches of 64", "texts/s", latency["ours"]["texts_per_s"],
                     latency["theirs"]["texts_per_s"], 6.0))
-    del members
+    del our_deep
 
     def memory(ours: Callable[[], Rates]) -> dict[str, float]:
         return {} if quick else {"ours_memory_gb": peak_memory(ours)[1]}
@@ -280,21 +305,19 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
         recipe = replace(QUICK, count_start=0.0)  # the start is no part of a step
         reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
         small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
-        theirs = Theirs(small, reference, dtype=hardware.dtype)
         ours = partial(our_pretraining, small, model, recipe, many, cuda)
-        rows.append(row(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s",
-                        *alternate(ours, partial(theirs.pretraining, many // 3), rounds), 2.5, **memory(ours)))
+        rows.append(row(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s", *alternate(
+            ours, partial(theirs.apply, their_pretraining, (small, reference, many // 3, hardware.dtype)), rounds), 2.5, **memory(ours)))
 
     few = replace(PAPER, batch_size=32 if cuda else 4)
     for model in ("bert-1-conv2",) if quick else ("bert-1-conv2", "bert-1-conv2-narrow", "bert-1-conv3", "bert-1-conv2-k16"):
         config = named_config(model, PAPER.width)
         reference = Reference(layers=1, width=config.width, heads=config.heads, vocab_size=V, conv_channels=config.conv_channels,
                               conv_kernels=config.conv_kernels, batch_size=few.batch_size, fault_stem=True)
-        theirs = Theirs(bench, reference)
         ours = partial(our_pretraining, bench, model, few, 2 * steps, cuda)
-        rows.append(row(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s",
-                        *alternate(ours, partial(theirs.pretraining, steps), rounds), 2.0, **memory(ours)))
-        del theirs
+        rows.append(row(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s", *alternate(
+            ours, partial(theirs.apply, their_pretraining, (bench, reference, steps)), rounds), 2.0, **memory(ours)))
+    theirs.terminate()
 
     count = 10_000 if quick else 90_000
     (seconds, texts_encoded), peak = peak_memory(partial(encode, args, bench, count))
@@ -314,12 +337,6 @@ class Pieces:
     vocab_size: int
     hash: str
     model: bytes
-
-
-@torch.no_grad()
-def five_in_turn(members: Sequence[Theirs], ids: Tensor) -> Tensor:
-    """Their soft vote: (B, T) -> probabilities (B, classes)."""
-    return sum(member.logits(ids).softmax(-1) for member in members) / len(members)
 
 
 def small_vocabulary(corpus: Corpus, size: int) -> Corpus:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import re
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -141,6 +143,50 @@ def test_accumulation_is_exact(corpus: Corpus, tmp_path: Path) -> None:
         torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
     other = weights(pretrain("bert-1", whole, corpus, 1, tmp_path, CPU))
     assert not torch.allclose(a["bert.token.weight"], other["bert.token.weight"], atol=1e-3)
+
+
+def test_more_positions_than_are_asked_change_nothing(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head sees a multiple of 64 positions, whatever the masks; the weights are those of the masked positions alone."""
+    asked, original = list[int](), pretraining.F.cross_entropy
+    monkeypatch.setattr(pretraining.F, "cross_entropy", lambda logits, labels, **more: asked.append(len(labels)) or original(logits, labels, **more))
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=3)
+    a = weights(pretrain("bert-1", recipe, corpus, 0, tmp_path / "padded", CPU))
+    assert all(count % 64 == 0 for count in asked[:3])
+    monkeypatch.setattr(pretraining.F, "pad", lambda x, pad, value=0: x)
+    asked.clear()
+    b = weights(pretrain("bert-1", recipe, corpus, 0, tmp_path / "plain", CPU))
+    assert any(count % 64 for count in asked[:3])
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone returns memory this way")
+def test_freed_memory_is_kept() -> None:
+    """After the call, 64 MB that are freed and asked for again come without a page fault (16,384 otherwise, unless pages are huge)."""
+    code = """
+import resource, torch
+from pretrain import keep_freed_memory
+keep_freed_memory()
+for i in range(40):
+    if i == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(pretraining.__file__).parent, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 100
+
+
+@pytest.mark.parametrize("name, norm", [("bert-6", "pre"), ("bert-6", "post"), ("bert-1-conv2", "post")])
+def test_bf16_is_fp32_within_its_rounding(name: str, norm: str) -> None:
+    """Under autocast on a CPU all sums between the layers are bf16; what comes out differs from fp32 by its rounding alone."""
+    torch.manual_seed(0)
+    model = Classifier(named_config(name, 64, vocab_size=50, max_length=16, norm=norm), 3).eval()
+    ids = torch.randint(5, 50, (8, 16))
+    exact = model.bert(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model.bert(ids)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1}), ("bert-1-conv2", {"attention_dropout": 0.1})])
