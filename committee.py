@@ -96,6 +96,7 @@ def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: H
             one[name].append(1e3 * seconds(model, np.array([row])))
     for rows in batches:
         for name, model in models.items():
+            seconds(model, rows)  # warm-up: the first batch of its shape
             many[name].append(seconds(model, rows))
     return {name: {"p10": float(np.percentile(one[name], 10)), "median": float(np.median(one[name])),
                    "p90": float(np.percentile(one[name], 90)),

@@ -202,29 +202,32 @@ class ConvStem(nn.Module):
         kernels = (*config.conv_kernels, 1)
         self.leaky = config.leaky_stem
         self.convs = nn.ModuleList(nn.Conv2d(n, m, k, padding="same") for n, m, k in zip(channels, channels[1:], kernels))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(m) for m in channels[1:])
+        self.convs.to(memory_format=torch.channels_last)  # a position's channels side by side; the other order is copied to and fro
+        self.norms = nn.ModuleList(nn.BatchNorm1d(m) for m in channels[1:])
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         """x: (B, T, C); real: (B, T), True at real tokens -> (B, T, C)."""
-        image = x[:, None]  # (B, 1, T, C)
+        B, T, C = x.shape
         if self.leaky:
-            for conv, norm in zip(self.convs, self.norms):
-                image = F.gelu(norm(conv(image)))
-            return image[:, 0]
-        image = image * real[:, None, :, None]
+            real = torch.ones_like(real)
+        kept = real.flatten().nonzero().squeeze(1)  # (R,), where the real tokens are among the B T
+        image = (x * real[:, :, None])[:, None]  # (B, 1, T, C)
         for conv, norm in zip(self.convs, self.norms):
-            image = conv(image)  # (B, N, T, C)
-            if self.training:  # statistics of the real positions alone: pack them, and put them back among zeros
-                packed = image.transpose(1, 2)[real]  # (real tokens, N, C)
-                packed = F.gelu(norm(packed[:, :, None])[:, :, 0])
-                image = image.new_zeros(image.shape).transpose(1, 2).index_put((real,), packed.to(image.dtype))
-                image = image.transpose(1, 2)
-            else:
-                image = F.gelu(norm(image)) * real[:, None, :, None]
+            rows = conv(image).permute(0, 2, 3, 1).reshape(B * T, -1)  # (B T, C N)
+            pixels = rows.index_select(0, kept).view(-1, conv.out_channels)  # (R C, N): of the real tokens alone, for the statistics
+            pixels = F.gelu(norm(pixels)).to(rows.dtype)
+            rows = torch.zeros_like(rows).index_copy(0, kept, pixels.view(len(kept), -1))  # back among zeros
+            image = rows.view(B, T, C, -1).permute(0, 3, 1, 2)  # (B, N, T, C)
         return image[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ BERT
+def as_products(x: Tensor) -> Tensor:
+    """x in the type of matrix products, where autocast is on and x on a CPU: what is added and normalised between the layers takes
+    half the memory then, and no product needs a cast. (On a GPU, autocast keeps LayerNorm in fp32.)"""
+    return x.to(torch.get_autocast_dtype("cpu")) if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else x
+
+
 class Bert(nn.Module):
     """Token ids -> hidden states. BERT's token-type table is left out: with one segment it is a constant,
     and part of the position table."""
@@ -249,8 +252,7 @@ class Bert(nn.Module):
         x = self.token(input_ids) + self.position.weight[: input_ids.size(1)]
         if self.config.norm == "post":
             x = self.embedding_norm(x)
-        if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))  # the layers' sums and norms in that type too: half the memory, no casts between
+        x = as_products(x)
         if self.training:
             x = dropout(x, self.config.dropout)
         if self.stem is not None:
@@ -385,8 +387,8 @@ class Committee(nn.Module):
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """x: (K, rows, C); one LayerNorm for each member."""
-        x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
-        return torch.addcmul(self.get(name + ".bias")[:, None], x, self.get(name + ".weight")[:, None])
+        weight, bias = (self.get(name + part)[:, None].to(x.dtype) for part in (".weight", ".bias"))
+        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), weight)
 
     def attend(self, x: Tensor, real: Tensor, name: str) -> Tensor:
         """x: (K, B * T, C) -> (K, B * T, C); to attention, member and text are one axis of K * B."""
@@ -418,6 +420,7 @@ class Committee(nn.Module):
         x = x.view(-1, B * T, C)
         if not pre:
             x = self.norm(x, "bert.embedding_norm")
+        x = as_products(x)
         if self.config.conv_kernels:
             x = self.stem(x, real)
         for i in range(self.config.layers):

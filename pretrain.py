@@ -910,9 +910,10 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 more = -len(asked) % 64
                 asked, answers = F.pad(asked, (0, more)), F.pad(answers, (0, more), value=-100)
                 with hardware.autocast():
-                    logits = forward(masked[start:stop], asked)
+                    logits = forward(masked[start:stop], asked).float()  # (M, V); the copy in bf16 is dropped at once
                 # each part weighs as many masked tokens as it has: an exact split
-                loss = F.cross_entropy(logits.float(), answers, reduction="sum") / max(1, len(labels))
+                loss = F.cross_entropy(logits, answers, reduction="sum") / max(1, len(labels))
+                del logits
                 backward(loss * world_size())  # DistributedDataParallel takes the mean over the ranks, this is to be the sum
                 total += loss.detach()
             if world_size() > 1:

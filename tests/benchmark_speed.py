@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -106,12 +107,23 @@ def our_finetuning(bench: Bench, model: str, steps: int) -> Rates:
     return [rate / float(tables.train.lengths.mean()) for rate in logged_rates(folder)]
 
 
-def our_prediction(bench: Bench, model: Classifier, rows: int) -> Rates:
-    """Texts/s of classifying the test rows."""
-    table = bench.tables(rows).test
+def our_classifier(bench: Bench, model: str) -> Classifier:
+    config = named_config(model, PAPER.width, vocab_size=bench.corpus.tokenizer.vocab_size, max_length=LENGTH)
+    return bench.hardware.for_inference(Classifier(config, len(bench.task.classes)))
+
+
+def our_prediction(bench: Bench, rows: int) -> Rates:
+    """Texts/s of classifying the test rows with the paper's BERT-6."""
+    model, table = our_classifier(bench, "bert-6"), bench.tables(rows).test
     start = time.perf_counter()
     predict_logits(model, table, bench.hardware)
     return [len(table.lengths) / (time.perf_counter() - start)]
+
+
+def our_committee(bench: Bench, K: int, texts: int) -> dict[str, dict[str, float]]:
+    """What measure_latency tells of the paper's BERT-6 and of K of its BERT-1s."""
+    models = {"bert-6": our_classifier(bench, "bert-6"), "committee": SoftCommittee([our_classifier(bench, "bert-1") for _ in range(K)])}
+    return measure_latency(models, bench.tables(128), bench.hardware, texts=texts)
 
 
 # --------------------------------------------------------------------------------------------------------- the authors' way
@@ -183,12 +195,12 @@ def their_prediction(bench: Bench, reference: Reference, rows: int) -> Rates:
     return Theirs(bench, reference, len(bench.task.classes)).prediction(bench.untrimmed(bench.tables(rows), "test"), rows)
 
 
-def their_committee(bench: Bench, reference: Reference, K: int, texts: int) -> dict:
+def their_committee(bench: Bench, reference: Reference, K: int, texts: int) -> dict[str, dict[str, float]]:
     """What measure_latency tells of K models of theirs, asked one after the other."""
     members = [Theirs(bench, reference, len(bench.task.classes)) for _ in range(K)]
     for member in members:
         member.model.eval()
-    return measure_latency({"theirs": partial(in_turn, members)}, bench.tables(128), bench.hardware, texts=texts)["theirs"]
+    return measure_latency({"committee": partial(in_turn, members)}, bench.tables(128), bench.hardware, texts=texts)
 
 
 @torch.no_grad()
@@ -198,20 +210,23 @@ def in_turn(members: Sequence[Theirs], ids: Tensor) -> Tensor:
 
 
 # -------------------------------------------------------------------------------------------------------- measuring and telling
-def peak_memory(work: Callable[[], Rates]) -> tuple[Rates, float]:
+Result = TypeVar("Result")
+
+
+def apart(work: Callable[[], Result]) -> tuple[Result, float]:
     """Run in a process of its own: (its result, the most memory it held in GB; 0 where the system does not tell)."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(measure_peak, (work,))
 
 
-def measure_peak(work: Callable[[], Rates]) -> tuple[Rates, float]:
-    rates = work()
+def measure_peak(work: Callable[[], Result]) -> tuple[Result, float]:
+    result = work()
     if torch.cuda.is_available():
-        return rates, torch.cuda.max_memory_allocated() / 1e9
+        return result, torch.cuda.max_memory_allocated() / 1e9
     with contextlib.suppress(OSError):  # getrusage would count what the parent held when it started this process
         found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))
-        return rates, int(found[1]) / 1e6 if found else 0.0
-    return rates, 0.0
+        return result, int(found[1]) / 1e6 if found else 0.0
+    return result, 0.0
 
 
 def matrix_product_rate(hardware: Hardware, seconds: float = 2.0) -> float:
@@ -227,13 +242,17 @@ def matrix_product_rate(hardware: Hardware, seconds: float = 2.0) -> float:
     return best
 
 
-def alternate(ours: Callable[[], Rates], theirs: Callable[[], Rates], rounds: int) -> tuple[Rates, Rates]:
-    """A B A B: (our rates, their rates)."""
-    sides: tuple[Rates, Rates] = [], []
-    for _ in range(rounds):
-        for rates, side in zip(sides, (ours, theirs)):
-            rates += side()
-    return sides
+def alternate(ours: Callable[[], Rates], theirs: Callable[[], Rates], rounds: int) -> tuple[Rates, Rates, dict[str, float]]:
+    """A B A B, each side in a process of its own: (our rates, their rates, the most memory that each held)."""
+    rates: tuple[Rates, Rates] = [], []
+    peaks = [0.0, 0.0]
+    spawn = multiprocessing.get_context("spawn").Pool
+    with spawn(1) as first, spawn(1) as second:
+        for _ in range(rounds):
+            for side, (pool, work) in enumerate(((first, ours), (second, theirs))):
+                found, peaks[side] = pool.apply(measure_peak, (work,))
+                rates[side].extend(found)
+    return *rates, {"ours_memory_gb": peaks[0], "reference_memory_gb": peaks[1]}
 
 
 def row(name: str, unit: str, ours: Rates | float, reference: Rates | float, target: float, **more) -> dict:
@@ -255,72 +274,49 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
     steps, rows, rate = (20 if cuda else 1 if quick else 2), [], matrix_product_rate(hardware)
     print(f"{hardware.reason}; matrix products: {rate / 1e9:.0f} GFLOP/s\n{'':58}{'ours':>12}{'reference':>12} {'unit':9}{'ratio':>8}{'target':>8}")
 
-    # the paper's two models, a pre-training step: each side in processes of its own, whose memory is taken
+    def against(name: str, unit: str, ours: Callable[[], Rates], theirs: Callable[[], Rates], target: float, **more) -> None:
+        our_rates, their_rates, memory = alternate(ours, theirs, rounds)
+        rows.append(row(name, unit, our_rates, their_rates, target, **memory, **more))
+
     for model, target in (("bert-6", 3.7), ("bert-1", 7.0)):
-        sides: dict[str, list[tuple[Rates, float]]] = {"ours": [], "reference": []}
-        for _ in range(rounds):
-            sides["ours"].append(peak_memory(partial(our_pretraining, bench, model, PAPER, 2 * steps, cuda)))
-            sides["reference"].append(peak_memory(partial(their_pretraining, bench, Reference(layers=MODELS[model][0], vocab_size=V), steps)))
-        ours, theirs = ([r for rates, _ in sides[side] for r in rates] for side in sides)
-        config = named_config(model, PAPER.width, vocab_size=V)
-        limit = rate / (3 * count_operations(config, LENGTH, masked=round(0.15 * LENGTH)) / LENGTH)
-        rows.append(row(f"pre-training step, paper's {model}, 32 x 128, dropout 0.1", "tokens/s", ours, theirs, target,
-                        limit=limit, share_of_limit=float(np.median(ours)) / limit,
-                        **{f"{side}_memory_gb": max(peak for _, peak in sides[side]) for side in sides}))
+        limit = rate / (3 * count_operations(named_config(model, PAPER.width, vocab_size=V), LENGTH, masked=round(0.15 * LENGTH)) / LENGTH)
+        against(f"pre-training step, paper's {model}, 32 x 128, dropout 0.1", "tokens/s", partial(our_pretraining, bench, model, PAPER, 4 * steps, cuda),
+                partial(their_pretraining, bench, Reference(layers=MODELS[model][0], vocab_size=V), steps), target, limit=limit)
+        rows[-1]["share_of_limit"] = rows[-1]["ours"] / limit
         print(f"    {100 * rows[-1]['share_of_limit']:.0f} % of the limit of {limit:.0f} tokens/s")
         if model == "bert-6":
             rows.append(row("    its peak memory", "GB", rows[-1]["ours_memory_gb"], rows[-1]["reference_memory_gb"], 1 / 0.6))
 
-    # the other rows: ours here, theirs in one process of its own, so that neither has what the other asks of the C library
-    theirs = multiprocessing.get_context("spawn").Pool(1)
-    classes, test = len(bench.task.classes), (128 if quick else 512)
-    rows.append(row(f"fine-tuning step, paper's bert-6, {bench.task.name}", "texts/s", *alternate(
-        partial(our_finetuning, bench, "bert-6", 4 * steps),
-        partial(theirs.apply, their_finetuning, (bench, Reference(vocab_size=V), steps)), rounds), 7.0))
+    deep, test, texts = Reference(vocab_size=V), (128 if quick else 512), (20 if quick else 60)
+    against(f"fine-tuning step, paper's bert-6, {bench.task.name}", "texts/s", partial(our_finetuning, bench, "bert-6", 4 * steps),
+            partial(their_finetuning, bench, deep, steps), 7.0)
+    against(f"prediction, paper's bert-6, {bench.task.name}", "texts/s", partial(our_prediction, bench, test),
+            partial(their_prediction, bench, deep, test), 8.0)
 
-    def classifier(model: str) -> Classifier:
-        return hardware.for_inference(Classifier(named_config(model, PAPER.width, vocab_size=V, max_length=LENGTH), classes))
+    latency, _ = apart(partial(our_committee, bench, 5, texts))
+    ours, theirs = latency["committee"], apart(partial(their_committee, bench, replace(deep, layers=1), 5, texts))[0]["committee"]
+    rows.append(row("soft committee of 5 paper's bert-1, 1 text", "ms", ours["median"], theirs["median"], 3.0, ours_p10_p90=[ours["p10"], ours["p90"]]))
+    rows.append(row("    the same against our own bert-6, 1 text", "ms", ours["median"], latency["bert-6"]["median"], 1.0))
+    rows.append(row("soft committee of 5 paper's bert-1, batches of 64", "texts/s", ours["texts_per_s"], theirs["texts_per_s"], 6.0))
 
-    our_deep = classifier("bert-6")
-    rows.append(row(f"prediction, paper's bert-6, {bench.task.name}", "texts/s", *alternate(
-        partial(our_prediction, bench, our_deep, test),
-        partial(theirs.apply, their_prediction, (bench, Reference(vocab_size=V), test)), rounds), 8.0))
-
-    texts = 20 if quick else 60
-    latency = measure_latency({"bert-6": our_deep, "ours": SoftCommittee([classifier("bert-1") for _ in range(5)])}, bench.tables(128), hardware,
-                              texts=texts)
-    latency["theirs"] = theirs.apply(their_committee, (bench, Reference(layers=1, vocab_size=V), 5, texts))
-    rows.append(row("soft committee of 5 paper's bert-1, 1 text", "ms", latency["ours"]["median"], latency["theirs"]["median"], 3.0,
-                    ours_p10_p90=[latency["ours"]["p10"], latency["ours"]["p90"]]))
-    rows.append(row("    the same against our own bert-6, 1 text", "ms", latency["ours"]["median"], latency["bert-6"]["median"], 1.0))
-    rows.append(row("soft committee of 5 paper's bert-1, batches of 64", "texts/s", latency["ours"]["texts_per_s"],
-                    latency["theirs"]["texts_per_s"], 6.0))
-    del our_deep
-
-    def memory(ours: Callable[[], Rates]) -> dict[str, float]:
-        return {} if quick else {"ours_memory_gb": peak_memory(ours)[1]}
-
-    many = 200 if cuda else 20 if quick else 60
+    many = 200 if cuda else 60
     for model in ("bert-6", "bert-1"):
-        recipe = replace(QUICK, count_start=0.0)  # the start is no part of a step
-        reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
         small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
-        ours = partial(our_pretraining, small, model, recipe, many, cuda)
-        rows.append(row(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s", *alternate(
-            ours, partial(theirs.apply, their_pretraining, (small, reference, many // 3, hardware.dtype)), rounds), 2.5, **memory(ours)))
+        reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
+        against(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s",  # the start from counts is no part of a step
+                partial(our_pretraining, small, model, replace(QUICK, count_start=0.0), many, cuda),
+                partial(their_pretraining, small, reference, many // 3, hardware.dtype), 2.5)
 
     few = replace(PAPER, batch_size=32 if cuda else 4)
     for model in ("bert-1-conv2",) if quick else ("bert-1-conv2", "bert-1-conv2-narrow", "bert-1-conv3", "bert-1-conv2-k16"):
         config = named_config(model, PAPER.width)
         reference = Reference(layers=1, width=config.width, heads=config.heads, vocab_size=V, conv_channels=config.conv_channels,
                               conv_kernels=config.conv_kernels, batch_size=few.batch_size, fault_stem=True)
-        ours = partial(our_pretraining, bench, model, few, 2 * steps, cuda)
-        rows.append(row(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s", *alternate(
-            ours, partial(theirs.apply, their_pretraining, (bench, reference, steps)), rounds), 2.0, **memory(ours)))
-    theirs.terminate()
+        against(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s",
+                partial(our_pretraining, bench, model, few, 4 * steps, cuda), partial(their_pretraining, bench, reference, 2 * steps), 2.0)
 
     count = 10_000 if quick else 90_000
-    (seconds, texts_encoded), peak = peak_memory(partial(encode, args, bench, count))
+    (seconds, texts_encoded), peak = apart(partial(encode, args, bench, count))
     rows.append(row(f"encode {texts_encoded} openings", "s", seconds, 20.0 * texts_encoded / 90_000, 1.0, reference_is="the target"))
     rows.append(row("    its peak memory", "GB", peak, 1.0, 1.0, reference_is="the target"))
     rows.append(row("classifying lines of stdin as they come, bert-1, width 256", "texts/s", lines_a_second(bench, 300), 200.0, 1.0,
@@ -414,7 +410,7 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
             model = "bert-6" if (what, value) == ("layers", 6) else "bert-1"
             recipe = replace(QUICK, count_start=0.0, local_start=0.0, heads=0, **({what: value} if what != "layers" else {}))
             corpus = Corpus(base.corpus.tokenizer, *(full_length(t, len(t), recipe.max_length) for t in (base.corpus.train, base.corpus.held_out)))
-            rates, memory = peak_memory(partial(our_pretraining, replace(base, corpus=corpus), model, recipe, steps))
+            rates, memory = apart(partial(our_pretraining, replace(base, corpus=corpus), model, recipe, steps))
             result.setdefault(what, []).append({"value": value, "tokens_per_s": float(np.median(rates)), "memory_gb": memory})
             print(f"{what} {value}: {np.median(rates):.0f} tokens/s, {memory:.2f} GB", flush=True)
     for preset, recipe in (("quick", replace(QUICK, count_start=0.0)), ("paper", PAPER)):
@@ -422,7 +418,7 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
         tokens = (recipe.steps or recipe.epochs * 90_000 // 32) * 32 * LENGTH
         for model in ("bert-6", "bert-1") if quick else MODELS:
             few = steps if preset == "quick" and not MODELS[model][2] else 2
-            rates, memory = peak_memory(partial(our_pretraining, replace(bench, corpus=corpus), model, recipe, few))
+            rates, memory = apart(partial(our_pretraining, replace(bench, corpus=corpus), model, recipe, few))
             config = named_config(model, recipe.width, recipe.heads, vocab_size=corpus.tokenizer.vocab_size, norm=recipe.norm)
             with torch.device("meta"):
                 parameters = count_parameters(MaskedLM(config))
