@@ -202,7 +202,6 @@ class ConvStem(nn.Module):
         kernels = (*config.conv_kernels, 1)
         self.leaky = config.leaky_stem
         self.convs = nn.ModuleList(nn.Conv2d(n, m, k, padding="same") for n, m, k in zip(channels, channels[1:], kernels))
-        self.convs.to(memory_format=torch.channels_last)  # a position's channels side by side; the other order is copied to and fro
         self.norms = nn.ModuleList(nn.BatchNorm1d(m) for m in channels[1:])
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
@@ -211,20 +210,23 @@ class ConvStem(nn.Module):
         if self.leaky:
             real = torch.ones_like(real)
         kept = real.flatten().nonzero().squeeze(1)  # (R,), where the real tokens are among the B T
-        image = (x * real[:, :, None])[:, None]  # (B, 1, T, C)
+        # (B, N, T, C), here with N 1; the N channels of a point side by side in memory: any other order PyTorch copies to and fro
+        image = (x * real[:, :, None])[..., None].permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs, self.norms):
-            rows = conv(image).permute(0, 2, 3, 1).reshape(B * T, -1)  # (B T, C N)
-            pixels = rows.index_select(0, kept).view(-1, conv.out_channels)  # (R C, N): of the real tokens alone, for the statistics
-            pixels = F.gelu(norm(pixels)).to(rows.dtype)
-            rows = torch.zeros_like(rows).index_copy(0, kept, pixels.view(len(kept), -1))  # back among zeros
-            image = rows.view(B, T, C, -1).permute(0, 3, 1, 2)  # (B, N, T, C)
+            image = conv(image)
+            N = image.size(1)
+            rows = image.permute(0, 2, 3, 1).reshape(B * T, C * N)
+            points = rows.index_select(0, kept).view(len(kept) * C, N)  # of the real tokens alone, for the statistics
+            points = F.gelu(norm(points)).to(rows.dtype)
+            rows = torch.zeros_like(rows).index_put((kept,), points.view(len(kept), C * N))  # back among zeros
+            image = rows.view(B, T, C, N).permute(0, 3, 1, 2)
         return image[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------ BERT
 def as_products(x: Tensor) -> Tensor:
     """x in the type of matrix products, where autocast is on and x on a CPU: what is added and normalised between the layers takes
-    half the memory then, and no product needs a cast. (On a GPU, autocast keeps LayerNorm in fp32.)"""
+    half the memory then, and no product's input needs a cast. (On a GPU, autocast keeps LayerNorm in fp32.)"""
     return x.to(torch.get_autocast_dtype("cpu")) if x.device.type == "cpu" and torch.is_autocast_enabled("cpu") else x
 
 
@@ -387,8 +389,9 @@ class Committee(nn.Module):
 
     def norm(self, x: Tensor, name: str) -> Tensor:
         """x: (K, rows, C); one LayerNorm for each member."""
+        x = F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps)
         weight, bias = (self.get(name + part)[:, None].to(x.dtype) for part in (".weight", ".bias"))
-        return torch.addcmul(bias, F.layer_norm(x, x.shape[-1:], eps=self.config.norm_eps), weight)
+        return torch.addcmul(bias, x, weight)
 
     def attend(self, x: Tensor, real: Tensor, name: str) -> Tensor:
         """x: (K, B * T, C) -> (K, B * T, C); to attention, member and text are one axis of K * B."""

@@ -200,7 +200,7 @@ class Hardware:
 
     def for_inference(self, model: Model) -> Model:
         """The model itself, on the device, its linear layers' weights in the type of matrix products: autocast, which would round them
-        at every call to the same numbers, has nothing left to do."""
+        at every call to the same numbers, has nothing left to do. What the model frees is kept for its next call."""
         keep_freed_memory()
         for part in model.modules():
             if isinstance(part, nn.Linear):
@@ -247,12 +247,13 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
 def keep_freed_memory() -> None:
     """Have the C library keep what is freed for the next step, instead of giving it back to the system (glibc; elsewhere nothing happens).
 
-    A step frees hundreds of MB and asks for them again, and the system fills every page with zeros before it lends it anew: a third of
-    a step of the paper's BERT-6 on two cores.
+    A step of the paper's BERT-6 frees 1.5 GB and asks for them again, and the system fills every page with zeros before it lends it
+    anew, which takes more than a quarter of the step on two cores. Kept are blocks of up to 1 GB (of up to 32 MB by glibc before 2.35).
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, another C library
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, in bytes; man 3 mallopt
-            ctypes.CDLL(None).mallopt(threshold, 2**30)
+        mallopt = ctypes.CDLL(None).mallopt
+        if any(mallopt(-3, size) for size in (2**30, 2**25)):  # M_MMAP_THRESHOLD: the larger one, where that is allowed
+            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -905,8 +906,8 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 if part < rows:
                     inside = (positions >= start * T) & (positions < stop * T)
                 asked, answers = positions[inside] - start * T, labels[inside]
-                # A matrix product of a new shape is slow the first time, so the shapes are to come again: some positions more, whose
-                # label cross_entropy passes over
+                # A matrix product of a new shape is slow the first time (on a CPU), so the shapes are to come again: some positions
+                # more, whose label cross_entropy passes over
                 more = -len(asked) % 64
                 asked, answers = F.pad(asked, (0, more)), F.pad(answers, (0, more), value=-100)
                 with hardware.autocast():

@@ -20,7 +20,7 @@ import pretrain as pretraining
 from committee import SoftCommittee
 from data import Corpus, DeviceTable, InputError, TokenTable, make_table
 from material import articles, small_tokenizer
-from model import Classifier, MaskedLM, named_config
+from model import Classifier, ConvStem, MaskedLM, named_config
 from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, held_out_loss, ids_with_masks,
                       load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, schedule,
                       show_forward_pass, start_from_counts, unigram_loss)
@@ -162,18 +162,25 @@ def test_more_positions_than_are_asked_change_nothing(corpus: Corpus, tmp_path: 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone returns memory this way")
 def test_freed_memory_is_kept() -> None:
-    """After the call, 64 MB that are freed and asked for again come without a page fault (16,384 otherwise, unless pages are huge)."""
+    """16 MB that are freed and asked for again, in three blocks as a step does, come without page faults; otherwise with thousands."""
     code = """
 import resource, torch
 from pretrain import keep_freed_memory
+def faults():
+    for i in range(40):
+        if i == 20:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(2**22) for _ in range(3)]
+        del blocks
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
+before = faults()
 keep_freed_memory()
-for i in range(40):
-    if i == 20:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20)"""
+print(before, faults())"""
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(pretraining.__file__).parent, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 100
+    before, after = map(float, done.stdout.split())
+    if before < 1_000:
+        pytest.skip("pages are huge here, or were kept before")
+    assert after < 100
 
 
 @pytest.mark.parametrize("name, norm", [("bert-6", "pre"), ("bert-6", "post"), ("bert-1-conv2", "post")])
@@ -187,6 +194,30 @@ def test_bf16_is_fp32_within_its_rounding(name: str, norm: str) -> None:
         rounded = model.bert(ids)
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_bf16_gradients_of_the_stem() -> None:
+    """In bf16 the gradients of a stem in training are those of fp32 within a few percent, those of its normalisation too."""
+    gradients = []
+    real = torch.arange(64) < torch.tensor([[64], [50], [64], [9]])
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        stem, x, weight = ConvStem(named_config("bert-1-conv2", 192)).train(), torch.randn(4, 64, 192), torch.randn(4, 64, 192)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            y = stem(x.bfloat16() if autocast else x, real)
+        (y.float() * weight).sum().backward()
+        gradients.append({name: p.grad for name, p in stem.named_parameters()
+                          if p.numel() > 1 and not re.fullmatch(r"convs.\d.bias", name)})  # not sums that cancel: alone, or before a norm
+    for name, exact in gradients[0].items():
+        assert (gradients[1][name] - exact).norm() < 0.05 * exact.norm(), name
+
+
+def test_a_rank_without_a_text_has_a_stem_too() -> None:
+    """The last batch of an epoch may leave a rank nothing: no error, and gradients of 0."""
+    stem, x = ConvStem(named_config("bert-1-conv2", 64)).train(), torch.randn(0, 16, 64, requires_grad=True)
+    y = stem(x, torch.ones(0, 16, dtype=torch.bool))
+    y.sum().backward()
+    assert y.shape == x.shape and all(not p.grad.any() for p in stem.parameters())
 
 
 @pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1}), ("bert-1-conv2", {"attention_dropout": 0.1})])
