@@ -70,7 +70,8 @@ class SoftCommittee(nn.Module):
 def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: Hardware, texts: int = 60) -> dict[str, dict[str, float]]:
     """Milliseconds to classify one real test text, and texts a second in batches of 64, of each model.
 
-    The models take turns on the same texts, so that a busy moment of the machine hits all of them alike.
+    The models take turns on the same texts, so that a busy moment of the machine hits all of them alike; each batch runs once before it
+    counts.
     """
     def seconds(model: Callable, rows: np.ndarray) -> float:
         input_ids = tables.test.batch(rows)

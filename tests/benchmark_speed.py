@@ -1,12 +1,12 @@
 """How fast the scripts are, beside the authors' way and beside the machine's own limit; writes results/speed-cpu.json or speed-<gpu>.json.
 
 The authors' way is tests/reference_recipe.py: Hugging Face's BERT, the vocabulary head on all positions, every text padded to 128, fp32
-on a CPU, fp16 autocast on a GPU. The two take turns (A B A B); a row has the medians of both, with their spread. Ours come from the logs
-of real runs of the scripts' own functions (`pretrain`, `finetune`, `predict_logits`, `measure_latency`): what is timed is what users run. The
-limit is a plain matrix product in the same type, measured in the same run, over the operations that a token needs with the vocabulary head
-on masked positions only.
+on a CPU, fp16 autocast on a GPU. The two take turns (A B A B), each in a process of its own; a row has the medians of both, with their
+spread (the committees run once). Ours come from the logs of real runs of the scripts' own functions (`pretrain`, `finetune`,
+`predict_logits`, `measure_latency`): what is timed is what users run. The limit is a plain matrix product in the same type, measured in the
+same run, over the operations that a token needs with the vocabulary head on masked positions only.
 
-    python tests/benchmark_speed.py --quick                                    under 4 minutes on two cores
+    python tests/benchmark_speed.py --quick                                    some 5 minutes on two cores
     python tests/benchmark_speed.py --task fewrel --articles 'data/wikipedia/*.jsonl.gz' --articles-count 90000 --raw-dir data
     python tests/benchmark_speed.py --grow                                     how cost grows; results/speed-growth-....json
     python tests/benchmark_speed.py --profile                                  where a step's time goes; results/speed-profile-....json
@@ -299,7 +299,7 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
     rows.append(row("    the same against our own bert-6, 1 text", "ms", ours["median"], latency["bert-6"]["median"], 1.0))
     rows.append(row("soft committee of 5 paper's bert-1, batches of 64", "texts/s", ours["texts_per_s"], theirs["texts_per_s"], 6.0))
 
-    many = 200 if cuda else 60
+    many = 200 if cuda else 20 if quick else 60
     for model in ("bert-6", "bert-1"):
         small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
         reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
@@ -462,7 +462,7 @@ def profile(bench: Bench) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: under 4 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: some 5 minutes on two cores")
     parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the table")
     parser.add_argument("--profile", action="store_true", help="measure where a step's time goes, instead of the table")
     parser.add_argument("--vocab-size", type=int, default=30_522, help="pieces of the tokenizer (default %(default)s, the paper's)")
