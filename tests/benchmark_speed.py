@@ -6,7 +6,7 @@ spread (the committees run once). Ours come from the logs of real runs of the sc
 `predict_logits`, `measure_latency`): what is timed is what users run. The limit is a plain matrix product in the same type, measured in the
 same run, over the operations that a token needs with the vocabulary head on masked positions only.
 
-    python tests/benchmark_speed.py --quick                                    some 5 minutes on two cores
+    python tests/benchmark_speed.py --quick                                    some 4 minutes on two cores
     python tests/benchmark_speed.py --task fewrel --articles 'data/wikipedia/*.jsonl.gz' --articles-count 90000 --raw-dir data
     python tests/benchmark_speed.py --grow                                     how cost grows; results/speed-growth-....json
     python tests/benchmark_speed.py --profile                                  where a step's time goes; results/speed-profile-....json
@@ -462,7 +462,7 @@ def profile(bench: Bench) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: some 5 minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: some 4 minutes on two cores")
     parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the table")
     parser.add_argument("--profile", action="store_true", help="measure where a step's time goes, instead of the table")
     parser.add_argument("--vocab-size", type=int, default=30_522, help="pieces of the tokenizer (default %(default)s, the paper's)")
