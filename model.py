@@ -10,6 +10,7 @@ References
 1) BERT: Devlin et al., https://arxiv.org/abs/1810.04805 and github google-research/bert, modeling.py
 2) Tiny language models: Gross et al., https://arxiv.org/abs/2507.14871 (one-layer variants, convolutional stem, committee)
 3) Layer normalisation before or after each block: Xiong et al., https://arxiv.org/abs/2002.04745
+4) Convolutions over a few tokens beside attention: So et al. (Primer), https://arxiv.org/abs/2109.08668
 
 Shapes, throughout: B batch, T tokens, C width, H heads, D head width (C = H * D), M masked positions, V vocabulary,
 K committee members, N channels of the convolutional stem.
@@ -50,6 +51,7 @@ class BertConfig:
     norm_eps: float = 1e-12
     init_std: float = 0.02
     local_start: float = 0.0  # > 0: heads begin by looking at neighbours, this sharply (see look_at_neighbours)
+    short_conv: bool = False  # True: attention and feed-forward part read each token with a share of its neighbours (with_neighbours)
     pooling: str = "cls"  # what the classifier reads (see pool)
     conv_channels: int = 0  # N; with conv_kernels, a convolutional stem before the layers
     conv_kernels: tuple[int, ...] = ()
@@ -163,25 +165,48 @@ class Attention(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------- layer
+def with_neighbours(x: Tensor, taps: Tensor, real: Tensor) -> Tensor:
+    """Each token with a share of the one before it and of the one behind, channel by channel: a depthwise convolution over three tokens.
+
+    x: (..., B, T, C); taps: (2, ..., C), the shares; real: (B, T), True at real tokens: padding is 0, as what lies outside the text is.
+    (Primer, reference 4, has them behind the query, key and value projections.)
+    """
+    x = x * real[:, :, None]
+    before, behind = taps.to(x.dtype)
+    return x + F.pad(x, (0, 0, 1, -1)) * before + F.pad(x, (0, 0, -1, 1)) * behind  # shifted by one token to either side
+
+
 class Layer(nn.Module):
     """One encoder layer: attention, then a feed-forward part, each with a residual connection and a LayerNorm."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         C = config.width
-        self.pre_norm, self.dropout = config.norm == "pre", config.dropout
+        self.pre_norm, self.dropout, self.short_conv = config.norm == "pre", config.dropout, config.short_conv
         self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(C, eps=config.norm_eps)
         self.mlp_in = nn.Linear(C, 4 * C)
         self.mlp_out = nn.Linear(4 * C, C)
         self.mlp_norm = nn.LayerNorm(C, eps=config.norm_eps)
+        if config.short_conv:  # they begin at 0, as an ordinary layer; no matrices, so Muon leaves them to AdamW
+            self.attention_taps, self.mlp_taps = (nn.Parameter(torch.zeros(2, 1, 1, C)) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.pre_norm:
-            x = x + self.drop(self.attention(self.attention_norm(x), mask))
-            return x + self.drop(self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)))))
-        x = self.attention_norm(x + self.drop(self.attention(x, mask)))
-        return self.mlp_norm(x + self.drop(self.mlp_out(F.gelu(self.mlp_in(x)))))
+            x = x + self.attend(self.attention_norm(x), mask)
+            return x + self.feed_forward(self.mlp_norm(x), mask)
+        x = self.attention_norm(x + self.attend(x, mask))
+        return self.mlp_norm(x + self.feed_forward(x, mask))
+
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.short_conv:
+            x = with_neighbours(x, self.attention_taps, mask[:, 0, 0])
+        return self.drop(self.attention(x, mask))
+
+    def feed_forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        if self.short_conv:
+            x = with_neighbours(x, self.mlp_taps, mask[:, 0, 0])
+        return self.drop(self.mlp_out(F.gelu(self.mlp_in(x))))
 
     def drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.dropout) if self.training else x
@@ -393,6 +418,12 @@ class Committee(nn.Module):
         weight, bias = (self.get(name + part)[:, None].to(x.dtype) for part in (".weight", ".bias"))
         return torch.addcmul(bias, x, weight)
 
+    def near(self, x: Tensor, real: Tensor, name: str) -> Tensor:
+        """x: (K, B * T, C) -> the same, each token with a share of its neighbours where the members have short convolutions."""
+        if not self.config.short_conv:
+            return x
+        return with_neighbours(x.view(len(x), *real.shape, -1), self.get(name).transpose(0, 1), real).view(x.shape)
+
     def attend(self, x: Tensor, real: Tensor, name: str) -> Tensor:
         """x: (K, B * T, C) -> (K, B * T, C); to attention, member and text are one axis of K * B."""
         (B, T), K, H = real.shape, x.size(0), self.config.heads
@@ -428,10 +459,11 @@ class Committee(nn.Module):
             x = self.stem(x, real)
         for i in range(self.config.layers):
             name = f"bert.layers.{i}"
-            y = self.attend(self.norm(x, name + ".attention_norm") if pre else x, real, name + ".attention")
+            y = self.near(self.norm(x, name + ".attention_norm") if pre else x, real, name + ".attention_taps")
+            y = self.attend(y, real, name + ".attention")
             x = x + y if pre else self.norm(x + y, name + ".attention_norm")
-            y = self.linear(self.norm(x, name + ".mlp_norm") if pre else x, name + ".mlp_in")
-            y = self.linear(F.gelu(y), name + ".mlp_out")
+            y = self.near(self.norm(x, name + ".mlp_norm") if pre else x, real, name + ".mlp_taps")
+            y = self.linear(F.gelu(self.linear(y, name + ".mlp_in")), name + ".mlp_out")
             x = x + y if pre else self.norm(x + y, name + ".mlp_norm")
         if pre:
             x = self.norm(x, "bert.final_norm")
@@ -460,7 +492,7 @@ def count_operations(config: BertConfig, tokens: int, classes: int = 0, masked: 
 
 
 # -------------------------------------------------------------------------------------- Hugging Face's names
-# BERT is their type "bert", a pre-norm model their "megatron-bert"; stems and other pooling than cls have no counterpart there.
+# BERT is their type "bert", a pre-norm model their "megatron-bert"; convolutions and other pooling than cls have no counterpart there.
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
 TIED = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",  # a copy -> the tensor it repeats
@@ -487,9 +519,11 @@ def hugging_face_names(model: MaskedLM | Classifier) -> dict[str, list[str]]:
 def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, tensors by their names). classes: a classifier's. Raises ValueError for what cannot be said there."""
     c, pre, classifier = model.config, model.config.norm == "pre", isinstance(model, Classifier)
-    if c.conv_kernels or classifier and c.pooling != "cls":
-        raise ValueError(f"{'a convolutional stem' if c.conv_kernels else f'{c.pooling} pooling'} has no counterpart in Hugging Face's "
-                         "BERT: only models without a stem, and classifiers with --pooling cls, can be exported")
+    for there, what in ((bool(c.conv_kernels), "a convolutional stem"), (c.short_conv, "--short-conv"),
+                        (classifier and c.pooling != "cls", f"{c.pooling} pooling")):
+        if there:
+            raise ValueError(f"{what} has no counterpart in Hugging Face's BERT: only models without convolutions, and classifiers with "
+                             "--pooling cls, can be exported")
     tensors = {TYPE_TABLE: torch.zeros(1, c.width)}  # for the one segment; what it adds is in our position table
     for name, theirs in hugging_face_names(model).items():
         tensors |= zip(theirs, model.state_dict()[name].cpu().chunk(len(theirs)))

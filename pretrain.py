@@ -105,6 +105,8 @@ class PretrainRecipe(Optimisation):
     width: int = setting(768, SHAPE, "width of the base model, a multiple of 64")
     heads: int = setting(0, SHAPE, "attention heads at that width; 0: one for each 64")
     norm: str = setting("post", SHAPE, "LayerNorm post (BERT) or pre (inside the residual branch)")
+    short_conv: bool = setting(False, SHAPE, "each layer reads a token with a share of its two neighbours: depthwise convolutions over "
+                               "three tokens, before attention and before the feed-forward part")
     init_std: float = setting(0.02, START, "standard deviation of the initial weights")
     local_start: float = setting(0.0, START, "above 0: heads begin by looking at neighbouring tokens, this sharply")
     count_start: float = setting(0.0, START, "above 0: token embeddings begin as what counting pairs of tokens tells, with this "
@@ -865,7 +867,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         config = named_config(
             model_name, recipe.width, recipe.heads, vocab_size=vocab_size, max_length=recipe.max_length, norm=recipe.norm,
             dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, init_std=recipe.init_std,
-            local_start=recipe.local_start,
+            local_start=recipe.local_start, short_conv=recipe.short_conv,
             leaky_stem=recipe.fault_stem, frozen_row=2 if recipe.fault_ids else -1)
     except ValueError as error:
         raise InputError(str(error)) from None

@@ -454,7 +454,8 @@ def test_export(norm: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("settings, head, what", [({"conv_channels": 2, "conv_kernels": (3, 3)}, "mlm", "convolutional stem"),
                                                   ({"conv_channels": 2, "conv_kernels": (3, 3)}, "classifier", "convolutional stem"),
-                                                  ({"pooling": "mean"}, "classifier", "mean pooling"), ({}, "mlm", "is there already")])
+                                                  ({"pooling": "mean"}, "classifier", "mean pooling"), ({"short_conv": True}, "mlm", "--short-conv"),
+                                                  ({}, "mlm", "is there already")])
 def test_export_refuses(settings: dict, head: str, what: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                         capsys: pytest.CaptureFixture) -> None:
     """One line and exit status 2; nothing is written."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 import tokenizer
 from committee import SoftCommittee, agreement, calibration_error
 from model import (HEAD, MODELS, PAD, TAIL, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand,
-                   count_operations, count_parameters, dropout, named_config, pool)
+                   count_operations, count_parameters, dropout, named_config, pool, with_neighbours)
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -22,9 +24,12 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+KINDS = (*MODELS, "bert-6 with short convolutions")
+
+
 def small(name: str, **settings) -> BertConfig:
     channels = {"dropout": 0.0, "attention_dropout": 0.0, "vocab_size": 50, "max_length": 24}
-    return named_config(name, 128, **{**channels, **settings})
+    return named_config(name.split()[0], 128, **{**channels, "short_conv": "short" in name, **settings})
 
 
 def ragged_batch(lengths: tuple[int, ...], T: int, vocab_size: int = 50) -> torch.Tensor:
@@ -32,7 +37,7 @@ def ragged_batch(lengths: tuple[int, ...], T: int, vocab_size: int = 50) -> torc
     return torch.where(torch.arange(T) < torch.tensor(lengths)[:, None], ids, PAD)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_padding_changes_nothing(name: str, norm: str) -> None:
     """A text alone, in a padded batch, and beside other neighbours: the same logits, for both heads."""
@@ -47,6 +52,23 @@ def test_padding_changes_nothing(name: str, norm: str) -> None:
             torch.testing.assert_close(classifier(alone)[0], together[row])  # float64: to 1e-7
             torch.testing.assert_close(classifier.bert(alone)[0], hidden[row, :length])
             torch.testing.assert_close(lm(alone, torch.tensor([1])), lm(batch, torch.tensor([row * 16 + 1])))
+
+
+def test_short_convolution_is_pytorchs() -> None:
+    torch.manual_seed(0)
+    x, taps, real = torch.randn(2, 7, 16), torch.randn(2, 1, 1, 16), torch.arange(7) < torch.tensor([[7], [4]])
+    kernel = torch.stack([taps[0].flatten(), torch.ones(16), taps[1].flatten()], -1)[:, None]  # (C, 1, 3)
+    theirs = F.conv1d((x * real[:, :, None]).mT, kernel, padding=1, groups=16).mT
+    torch.testing.assert_close(with_neighbours(x, taps, real), theirs)
+
+    config = small("bert-6 with short convolutions")
+    plain, convolved = MaskedLM(dataclasses.replace(config, short_conv=False)), MaskedLM(config)
+    missing = convolved.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert len(missing) == 12 and all("taps" in name for name in missing)
+    batch, asked = ragged_batch((5, 16), 16), torch.tensor([1, 2, 20])
+    assert torch.equal(plain(batch, asked), convolved(batch, asked)), "it does not begin as an ordinary BERT"
+    convolved(batch, asked).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for name, p in convolved.named_parameters() if "taps" in name)
 
 
 def test_pooling_by_hand() -> None:
@@ -101,7 +123,7 @@ def test_the_switch_between_the_two_attentions(monkeypatch: pytest.MonkeyPatch) 
     assert not torch.equal(results[0][0], results[1][0]), "the switch switched nothing"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("norm, pooling", [("post", "cls"), ("pre", "mean"), ("pre", "entities")])
 def test_batched_committee_is_the_loop(name: str, norm: str, pooling: str) -> None:
     members = [shake(Classifier(small(name, norm=norm, pooling=pooling), 6), seed).double().eval() for seed in range(3)]

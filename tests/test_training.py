@@ -219,7 +219,7 @@ def test_a_rank_without_a_text_has_a_stem_too() -> None:
     assert y.shape == x.shape and all(not p.grad.any() for p in stem.parameters())
 
 
-@pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1}), ("bert-1-conv2", {"attention_dropout": 0.1})])
+@pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1, "short_conv": True}), ("bert-1-conv2", {"attention_dropout": 0.1})])
 def test_resume_is_bit_exact(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, changes: dict) -> None:
     """Interrupted twice by a signal, once right after a step that is no line of the log; then equal to the last bit."""
     recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=250 if model == "bert-1" else 12, **changes)
