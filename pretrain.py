@@ -755,20 +755,11 @@ class Batches:
 
 
 # ------------------------------------------------------------------------------------------- a start from counts
-@torch.no_grad()
-def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """What counting alone tells of the tokens: vectors (vocab_size, width) of standard deviation 1; 0 for special tokens.
+def count_pairs(table: TokenTable, vocab_size: int, device: torch.device) -> Tensor:
+    """How often each two tokens (and each token with itself) stand in one text: (vocab_size, vocab_size), fp32.
 
-    Counted is, for each pair of tokens (and each token with itself), how often both stand in one text. The leading directions
-    of the positive pointwise mutual information, max(0, log p(a, b) / (p(a) p'(b))) with p' the 0.75th power of p, are the
-    vectors: tokens that share texts lie near each other (Levy and Goldberg, 2014, "Neural word embedding as implicit matrix
-    factorization"). The same for every seed. The time grows with texts x length^2 (a second for ten thousand of 128 tokens), the
-    memory is 8 V^2 bytes (0.1 GB for 4,000 pieces, 8 GB for the paper's 30,522). Raises InputError where that is too much.
+    The time grows with texts x length^2 (a second for ten thousand of 128 tokens), the memory is 8 V^2 bytes.
     """
-    device = torch.device(device if torch.device(device).type == "cuda" else "cpu")  # other devices lack a decomposition or two
-    if vocab_size > (limit := 32_768):
-        raise InputError(f"counting pairs: a vocabulary of {vocab_size} pieces is too large, {limit} is the most here; "
-                         "use a smaller one, or --count-start 0")
     size = torch.int32 if int((table.lengths**2).sum()) < 2**31 else torch.int64  # no count is larger than that sum
     texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, dtype=size, device=device)
     together = max(1, 4_000_000 // int(table.lengths.max()) ** 2)  # texts, for pairs in some ten megabytes
@@ -776,8 +767,23 @@ def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: tor
         ids = texts.batch(np.arange(first, min(first + together, len(table))))  # (texts, T)
         seen = (ids[:, :, None] * vocab_size + ids[:, None, :]).flatten()  # each pair of positions; those with padding count as [PAD]
         cells.index_add_(0, seen, torch.ones_like(seen, dtype=size))
-    pairs = cells.view(vocab_size, vocab_size).float()
-    del cells
+    return cells.view(vocab_size, vocab_size).float()
+
+
+@torch.no_grad()
+def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+    """What counting alone tells of the tokens: vectors (vocab_size, width) of standard deviation 1; 0 for special tokens.
+
+    The leading directions of the positive pointwise mutual information of the pairs, max(0, log p(a, b) / (p(a) p'(b))) with p' the
+    0.75th power of p, are the vectors: tokens that share texts lie near each other (Levy and Goldberg, 2014, "Neural word embedding as
+    implicit matrix factorization"). The same for every seed. Takes 0.1 GB for 4,000 pieces, 8 GB for the paper's 30,522; raises
+    InputError where that is too much.
+    """
+    device = torch.device(device if torch.device(device).type == "cuda" else "cpu")  # other devices lack a decomposition or two
+    if vocab_size > (limit := 32_768):
+        raise InputError(f"counting pairs: a vocabulary of {vocab_size} pieces is too large, {limit} is the most here; "
+                         "use a smaller one, or --count-start 0")
+    pairs = count_pairs(table, vocab_size, device)
     pairs[:FIRST_PIECE], pairs[:, :FIRST_PIECE] = 0, 0
     of_one = pairs.sum(1)
     expected = of_one**0.75  # p': a power below 1, so that rare tokens do not get the largest values
