@@ -480,8 +480,8 @@ def count_parameters(module: nn.Module) -> int:
 def count_operations(config: BertConfig, tokens: int, classes: int = 0, masked: int = 0) -> int:
     """Floating-point operations (a multiplication and an addition are two) of one forward pass over a text.
 
-    tokens: its length; classes: of the classifier (0: none); masked: positions the MLM head works on. Matrix products
-    and convolutions only. A training step costs three times as much.
+    tokens: its length; classes: of the classifier (0: none); masked: positions the MLM head works on. Matrix products and
+    the stem's convolutions only. A training step costs three times as much.
     """
     C, T = config.width, tokens
     layer = 2 * T * 12 * C * C + 4 * T * T * C  # four projections' worth, eight for the feed-forward; scores and mix

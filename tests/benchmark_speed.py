@@ -300,8 +300,8 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
     rows.append(row("soft committee of 5 paper's bert-1, batches of 64", "texts/s", ours["texts_per_s"], theirs["texts_per_s"], 6.0))
 
     many = 200 if cuda else 20 if quick else 60
+    small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
     for model in ("bert-6", "bert-1"):
-        small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
         reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
         against(f"pre-training step, quick's {model}, 4,000 pieces", "tokens/s",  # the start from counts is no part of a step
                 partial(our_pretraining, small, model, replace(QUICK, count_start=0.0), many, cuda),
