@@ -286,6 +286,19 @@ def markers(cells: dict[str, Cell]) -> str:
                                   "entities marked, the classifier reads") for model, minutes in (("bert-1", "five"), ("bert-6", "ten")))
 
 
+def short_conv(cells: dict[str, Cell]) -> str:
+    marked = "on one core; entities marked, the classifier reads"
+    titles = {"bert-1": f"BERT-1, 90,000 articles, five minutes {marked}", "bert-6": f"BERT-6, 90,000 articles, ten minutes {marked}",
+              "topics-bert-1": "BERT-1, embedded default, 300 steps"}
+    return "\n\n".join(arms_table(f"recipe-short-conv-{name}.json", title, "`topics`" if "topics" in name else "FewRel")
+                       for name, title in titles.items())
+
+
+def windows(cells: dict[str, Cell]) -> str:
+    return "\n\n".join((arms_table("recipe-windows-fewrel-*.json", "BERT-1, 90,000 articles; entities marked, the classifier reads"),
+                        arms_table("recipe-windows-topics-*.json", "BERT-1, embedded default", "`topics`")))
+
+
 # ------------------------------------------------------------------------------- speed, tests/benchmark_speed.py
 def speed(cells: dict[str, Cell]) -> str:
     texts = []
@@ -450,8 +463,8 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "compute": compute,
-            "ablation": ablation, "five-minutes": five_minutes, "ten-minutes": ten_minutes, "half-hour": half_hour, "markers": markers,
-            "speed": speed, "growth": growth, "reliability": reliability}
+            "ablation": ablation, "five-minutes": five_minutes, "ten-minutes": ten_minutes, "half-hour": half_hour,
+            "short-conv": short_conv, "windows": windows, "markers": markers, "speed": speed, "growth": growth, "reliability": reliability}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:
