@@ -67,7 +67,8 @@ class Job:
         return self.shown()[before:]
 
     def half_written(self) -> list[Path]:
-        return list(self.runs.glob("*/*/last.pt.*.tmp"))
+        # not "*/*": a folder of tables that is gone before it is looked into would be an error
+        return [path for kind in ("pretrain", "finetune") for path in self.runs.glob(f"{kind}/*/last.pt.*.tmp")]
 
     def holders(self) -> list[int]:
         """Processes that hold the lock of a run folder now; a killed one left its number in the file, but not the lock."""
