@@ -176,20 +176,31 @@ def with_neighbours(x: Tensor, taps: Tensor, real: Tensor) -> Tensor:
     return x + F.pad(x, (0, 0, 1, -1)) * before + F.pad(x, (0, 0, -1, 1)) * behind  # shifted by one token to either side
 
 
+class ShortConv(nn.Module):
+    """with_neighbours, with learnt shares; they begin at 0, where it changes nothing."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        # before, behind; broadcast over B and T. Four axes, so that Muon, which takes what has two, leaves them to AdamW
+        self.taps = nn.Parameter(torch.zeros(2, 1, 1, width))
+
+    def forward(self, x: Tensor, real: Tensor) -> Tensor:
+        return with_neighbours(x, self.taps, real)
+
+
 class Layer(nn.Module):
     """One encoder layer: attention, then a feed-forward part, each with a residual connection and a LayerNorm."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         C = config.width
-        self.pre_norm, self.dropout, self.short_conv = config.norm == "pre", config.dropout, config.short_conv
+        self.pre_norm, self.dropout = config.norm == "pre", config.dropout
         self.attention = Attention(config)
         self.attention_norm = nn.LayerNorm(C, eps=config.norm_eps)
         self.mlp_in = nn.Linear(C, 4 * C)
         self.mlp_out = nn.Linear(4 * C, C)
         self.mlp_norm = nn.LayerNorm(C, eps=config.norm_eps)
-        if config.short_conv:  # they begin at 0, as an ordinary layer; no matrices, so Muon leaves them to AdamW
-            self.attention_taps, self.mlp_taps = (nn.Parameter(torch.zeros(2, 1, 1, C)) for _ in range(2))
+        self.attention_near, self.mlp_near = (ShortConv(C) if config.short_conv else None for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         if self.pre_norm:
@@ -199,13 +210,13 @@ class Layer(nn.Module):
         return self.mlp_norm(x + self.feed_forward(x, mask))
 
     def attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.short_conv:
-            x = with_neighbours(x, self.attention_taps, mask[:, 0, 0])
+        if self.attention_near is not None:
+            x = self.attention_near(x, mask[:, 0, 0])
         return self.drop(self.attention(x, mask))
 
     def feed_forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        if self.short_conv:
-            x = with_neighbours(x, self.mlp_taps, mask[:, 0, 0])
+        if self.mlp_near is not None:
+            x = self.mlp_near(x, mask[:, 0, 0])
         return self.drop(self.mlp_out(F.gelu(self.mlp_in(x))))
 
     def drop(self, x: Tensor) -> Tensor:
@@ -290,7 +301,7 @@ class Bert(nn.Module):
 
 
 def initialise(module: MaskedLM | Classifier, config: BertConfig) -> None:
-    """BERT's start: weights N(0, std), biases 0, norms 1 and 0. Convolutions keep PyTorch's own, as the authors' do."""
+    """BERT's start: weights N(0, std), biases 0, norms 1 and 0. A stem's convolutions keep PyTorch's own, as the authors' do."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, 0.0, config.init_std)
@@ -459,10 +470,10 @@ class Committee(nn.Module):
             x = self.stem(x, real)
         for i in range(self.config.layers):
             name = f"bert.layers.{i}"
-            y = self.near(self.norm(x, name + ".attention_norm") if pre else x, real, name + ".attention_taps")
+            y = self.near(self.norm(x, name + ".attention_norm") if pre else x, real, name + ".attention_near.taps")
             y = self.attend(y, real, name + ".attention")
             x = x + y if pre else self.norm(x + y, name + ".attention_norm")
-            y = self.near(self.norm(x, name + ".mlp_norm") if pre else x, real, name + ".mlp_taps")
+            y = self.near(self.norm(x, name + ".mlp_norm") if pre else x, real, name + ".mlp_near.taps")
             y = self.linear(F.gelu(self.linear(y, name + ".mlp_in")), name + ".mlp_out")
             x = x + y if pre else self.norm(x + y, name + ".mlp_norm")
         if pre:
@@ -519,11 +530,10 @@ def hugging_face_names(model: MaskedLM | Classifier) -> dict[str, list[str]]:
 def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, tensors by their names). classes: a classifier's. Raises ValueError for what cannot be said there."""
     c, pre, classifier = model.config, model.config.norm == "pre", isinstance(model, Classifier)
-    for there, what in ((bool(c.conv_kernels), "a convolutional stem"), (c.short_conv, "--short-conv"),
-                        (classifier and c.pooling != "cls", f"{c.pooling} pooling")):
-        if there:
-            raise ValueError(f"{what} has no counterpart in Hugging Face's BERT: only models without convolutions, and classifiers with "
-                             "--pooling cls, can be exported")
+    if what := ("a convolutional stem" if c.conv_kernels else "--short-conv" if c.short_conv else
+                f"{c.pooling} pooling" if classifier and c.pooling != "cls" else ""):
+        raise ValueError(f"{what} has no counterpart in Hugging Face's BERT: only models without convolutions, and classifiers with "
+                         "--pooling cls, can be exported")
     tensors = {TYPE_TABLE: torch.zeros(1, c.width)}  # for the one segment; what it adds is in our position table
     for name, theirs in hugging_face_names(model).items():
         tensors |= zip(theirs, model.state_dict()[name].cpu().chunk(len(theirs)))

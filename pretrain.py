@@ -568,7 +568,8 @@ def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
 
 
 def make_optimizers(model: nn.Module, recipe: Optimisation, dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices inside the layers and AdamW for embeddings, heads, norms, biases.
+    """AdamW for everything, or Muon for the matrices inside the layers and AdamW for embeddings, heads, norms, biases, short
+    convolutions.
 
     dtype: of Muon's matrix products, float32 or bfloat16.
     """
@@ -756,9 +757,10 @@ class Batches:
 
 # ------------------------------------------------------------------------------------------- a start from counts
 def count_pairs(table: TokenTable, vocab_size: int, device: torch.device) -> Tensor:
-    """How often each two tokens (and each token with itself) stand in one text: (vocab_size, vocab_size), fp32.
+    """In how many pairs of positions, over all texts, one token stands at the first and the other at the second: (vocab_size,
+    vocab_size), fp32. Rows and columns of special tokens hold padding too, and are to be passed over.
 
-    The time grows with texts x length^2 (a second for ten thousand of 128 tokens), the memory is 8 V^2 bytes.
+    The time grows with texts x length^2 (a second for ten thousand of 128 tokens), the memory is 8 V^2 bytes, 12 of very much text.
     """
     size = torch.int32 if int((table.lengths**2).sum()) < 2**31 else torch.int64  # no count is larger than that sum
     texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, dtype=size, device=device)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ class RampedTable(DeviceTable):
 
 def pairs_in_windows(table: TokenTable, vocab_size: int, device: torch.device) -> Tensor:
     """How often each two tokens stand at most five places apart, each time by one over their distance (after GloVe, Pennington et al.,
-    2014, whose windows are of ten): a stand-in for pretrain.count_pairs."""
+    2014, whose windows are of ten): (vocab_size, vocab_size), fp32; a stand-in for pretrain.count_pairs."""
     texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, device=device)
     for first in range(0, len(table), 8_000):
         ids = texts.batch(np.arange(first, min(first + 8_000, len(table))))
@@ -70,11 +71,8 @@ def pairs_in_windows(table: TokenTable, vocab_size: int, device: torch.device) -
 
 def start_from_windows(model: MaskedLM, table: TokenTable, std: float, device: torch.device | str, folder: Path) -> None:
     """The start from counts, with what was counted in windows instead of texts."""
-    before, pretrain.count_pairs = pretrain.count_pairs, pairs_in_windows
-    try:
+    with mock.patch.object(pretrain, "count_pairs", pairs_in_windows):
         start_from_counts(model, table, std, device, folder / "windows")  # what is kept there is not for others
-    finally:
-        pretrain.count_pairs = before
 
 
 VARIANTS: dict[str, tuple[str, Callable]] = {

@@ -63,6 +63,7 @@ def test_short_convolution_is_pytorchs() -> None:
 
     config = small("bert-6 with short convolutions")
     plain, convolved = MaskedLM(dataclasses.replace(config, short_conv=False)), MaskedLM(config)
+    assert not any(p.ndim == 2 for name, p in convolved.named_parameters() if "taps" in name), "Muon would take them for matrices"
     missing = convolved.load_state_dict(plain.state_dict(), strict=False).missing_keys
     assert len(missing) == 12 and all("taps" in name for name in missing)
     batch, asked = ragged_batch((5, 16), 16), torch.tensor([1, 2, 20])
