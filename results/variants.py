@@ -88,9 +88,5 @@ def replaced(variant: str | None) -> Iterator[None]:
         yield
         return
     name, replacement = VARIANTS[variant]
-    before = getattr(pretrain, name)
-    setattr(pretrain, name, replacement)
-    try:
+    with mock.patch.object(pretrain, name, replacement):
         yield
-    finally:
-        setattr(pretrain, name, before)

@@ -15,8 +15,8 @@ import torch
 import pretrain
 from data import TokenTable
 from finetune import mean_and_interval
-from model import BertConfig, MaskedLM
 from material import write_articles, write_raw_folder
+from model import BertConfig, MaskedLM
 from test_scripts import ROOT, run
 
 sys.path.insert(0, str(ROOT / "results"))
