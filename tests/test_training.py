@@ -376,11 +376,14 @@ def test_tables_learn_at_their_own_rates(corpus: Corpus) -> None:
     assert rates[id(model.bias)] == rates[id(model.dense.weight)] == 0.1 and len(rates) == sum(len(g["params"]) for g in groups)
 
 
-def test_stored_in_the_type_of_products() -> None:
+@pytest.mark.parametrize("name, more", [("bert-1-conv2", {}), ("bert-6", {"short_conv": True})])
+def test_stored_in_the_type_of_products(name: str, more: dict) -> None:
     """for_inference rounds the weights once, to what autocast makes of them at every call: the same logits, bit by bit."""
     hardware = Hardware(torch.device("cpu"), torch.bfloat16, "")
     torch.manual_seed(0)
-    members = [Classifier(named_config("bert-1-conv2", 64, vocab_size=50, max_length=16), 3).eval() for _ in range(2)]
+    members = [Classifier(named_config(name, 64, vocab_size=50, max_length=16, **more), 3).eval() for _ in range(2)]
+    for parameter in (p for m in members for p in m.parameters() if not p.any()):  # biases and shares of neighbours begin at 0
+        torch.nn.init.normal_(parameter, std=0.5)
     ids = torch.randint(5, 50, (4, 16))
     with torch.no_grad(), hardware.autocast():
         before = [m(ids) for m in members], SoftCommittee(members)(ids)
