@@ -111,6 +111,8 @@ class PretrainRecipe(Optimisation):
     local_start: float = setting(0.0, START, "above 0: heads begin by looking at neighbouring tokens, this sharply")
     count_start: float = setting(0.0, START, "above 0: token embeddings begin as what counting pairs of tokens tells, with this "
                                  "standard deviation")
+    count_window: int = setting(0, START, "with --count-start, above 0: count tokens at most so many places apart, each pair as one over "
+                                "its distance, instead of all that share a text")
     vocab_size: int = setting(30_522, TOKENS, "pieces of a newly trained tokenizer")
     max_length: int = setting(128, TOKENS, "tokens of a text")
     mask_rate: float = setting(0.15, TOKENS, "share of the tokens to predict in training (evaluation: always 0.15)")
@@ -160,7 +162,8 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
               "lr": (0, 1e3), "matrix_lr": (0, 1e3), "token_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3),
               "clip": (0, 1e9), "heads": (0, 1024), "time_budget": (0, 1e5),
               "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
-              "width": (64, 16384), "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10)}
+              "width": (64, 16384), "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10),
+              "count_window": (0, 4096)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
@@ -772,20 +775,37 @@ def count_pairs(table: TokenTable, vocab_size: int, device: torch.device) -> Ten
     return cells.view(vocab_size, vocab_size).float()
 
 
+def count_neighbours(table: TokenTable, vocab_size: int, device: torch.device, window: int) -> Tensor:
+    """How often each two tokens stand at most `window` places apart in a text, each time as one over their distance (after GloVe,
+    Pennington et al., 2014, whose windows are of ten): (vocab_size, vocab_size), fp32, special tokens as in count_pairs.
+
+    The time grows with tokens x window (two seconds for 90,000 openings and a window of five), the memory is 12 V^2 bytes.
+    """
+    texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, dtype=torch.float64, device=device)
+    together = max(1, 1_000_000 // int(table.lengths.max()))
+    for first in range(0, len(table), together):
+        ids = texts.batch(np.arange(first, min(first + together, len(table))))  # (texts, T)
+        for distance in range(1, min(window, ids.size(1) - 1) + 1):
+            seen = (ids[:, :-distance] * vocab_size + ids[:, distance:]).flatten()
+            cells.index_add_(0, seen, torch.full(seen.shape, 1 / distance, dtype=cells.dtype, device=device))
+    cells = cells.view(vocab_size, vocab_size).float()
+    return cells + cells.T
+
+
 @torch.no_grad()
-def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: torch.device | str = "cpu", window: int = 0) -> Tensor:
     """What counting alone tells of the tokens: vectors (vocab_size, width) of standard deviation 1; 0 for special tokens.
 
     The leading directions of the positive pointwise mutual information of the pairs, max(0, log p(a, b) / (p(a) p'(b))) with p' the
-    0.75th power of p, are the vectors: tokens that share texts lie near each other (Levy and Goldberg, 2014, "Neural word embedding as
-    implicit matrix factorization"). The same for every seed. Takes 0.1 GB for 4,000 pieces, 8 GB for the paper's 30,522; raises
-    InputError where that is too much.
+    0.75th power of p, are the vectors: tokens that share texts lie near each other, with a window those that share neighbours (Levy and
+    Goldberg, 2014, "Neural word embedding as implicit matrix factorization"). The same for every seed. Takes 0.1 GB for 4,000 pieces,
+    8 GB for the paper's 30,522, half as much again with a window; raises InputError where that is too much.
     """
     device = torch.device(device if torch.device(device).type == "cuda" else "cpu")  # other devices lack a decomposition or two
     if vocab_size > (limit := 32_768):
         raise InputError(f"counting pairs: a vocabulary of {vocab_size} pieces is too large, {limit} is the most here; "
                          "use a smaller one, or --count-start 0")
-    pairs = count_pairs(table, vocab_size, device)
+    pairs = count_neighbours(table, vocab_size, device, window) if window else count_pairs(table, vocab_size, device)
     pairs[:FIRST_PIECE], pairs[:, :FIRST_PIECE] = 0, 0
     of_one = pairs.sum(1)
     expected = of_one**0.75  # p': a power below 1, so that rare tokens do not get the largest values
@@ -798,18 +818,18 @@ def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: tor
 
 
 @torch.no_grad()
-def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: torch.device | str, folder: Path) -> None:
+def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: torch.device | str, folder: Path, window: int = 0) -> None:
     """Token embeddings from count_embeddings, and an output bias from the tokens' frequencies: before its first step the model
     is at the unigram baseline, and knows which words go together.
 
     folder: keeps what was counted, for the next member of the committee.
     """
     V, C = model.config.vocab_size, model.config.width
-    path = folder / f"counts-{C}-{table.meta['texts_sha256'][:16]}.pt"
+    path = folder / f"counts-{C}-{f'window-{window}-' if window else ''}{table.meta['texts_sha256'][:16]}.pt"
     with file_lock(path.with_suffix(".lock"), wait=True):  # of several processes, one counts
         if not path.exists():
             with write_atomically(path) as file:
-                torch.save(count_embeddings(table, V, C, device), file)
+                torch.save(count_embeddings(table, V, C, device, window), file)
         vectors = std * load_tensors(path)
     model.bert.token.weight[FIRST_PIECE:, : vectors.size(1)] = vectors[FIRST_PIECE:]
     model.norm.weight.fill_(model.config.init_std / std)  # the embeddings are the output layer too: logits as small as ever
@@ -889,7 +909,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         torch.manual_seed(seed)
         model = MaskedLM(config)
         if recipe.count_start and not (folder / "last.pt").exists():  # a checkpoint holds all that would be counted again
-            start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables")
+            start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables", recipe.count_window)
         model.to(hardware.device)
         forward = maybe_compile(DistributedDataParallel(model) if world_size() > 1 else model, compiled)
         train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)

@@ -20,9 +20,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pretrain  # noqa: E402
-from data import DeviceTable, TokenTable  # noqa: E402
-from model import MaskedLM  # noqa: E402
-from pretrain import Optimisation, start_from_counts  # noqa: E402
+from data import DeviceTable  # noqa: E402
+from pretrain import Optimisation  # noqa: E402
 
 
 def cosine(recipe: Optimisation, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -56,29 +55,9 @@ class RampedTable(DeviceTable):
         return input_ids[:, : (32, 64)[quarter]].contiguous() if quarter < 2 else input_ids
 
 
-def pairs_in_windows(table: TokenTable, vocab_size: int, device: torch.device) -> Tensor:
-    """How often each two tokens stand at most five places apart, each time by one over their distance (after GloVe, Pennington et al.,
-    2014, whose windows are of ten): (vocab_size, vocab_size), fp32; a stand-in for pretrain.count_pairs."""
-    texts, cells = DeviceTable(table, device), torch.zeros(vocab_size**2, device=device)
-    for first in range(0, len(table), 8_000):
-        ids = texts.batch(np.arange(first, min(first + 8_000, len(table))))
-        for distance in range(1, 6):
-            seen = (ids[:, :-distance] * vocab_size + ids[:, distance:]).flatten()
-            cells.index_add_(0, seen, torch.full(seen.shape, 1 / distance, device=device))
-    cells = cells.view(vocab_size, vocab_size)
-    return cells + cells.T
-
-
-def start_from_windows(model: MaskedLM, table: TokenTable, std: float, device: torch.device | str, folder: Path) -> None:
-    """The start from counts, with what was counted in windows instead of texts."""
-    with mock.patch.object(pretrain, "count_pairs", pairs_in_windows):
-        start_from_counts(model, table, std, device, folder / "windows")  # what is kept there is not for others
-
-
 VARIANTS: dict[str, tuple[str, Callable]] = {
     "cosine schedule": ("schedule", cosine), "full rate, falling in the last third": ("schedule", plateau),
-    "PyTorch's Muon, query, key and value as one": ("Muon", fused_muon), "32, then 64, then 128 tokens": ("DeviceTable", RampedTable),
-    "counted within five tokens": ("start_from_counts", start_from_windows)}
+    "PyTorch's Muon, query, key and value as one": ("Muon", fused_muon), "32, then 64, then 128 tokens": ("DeviceTable", RampedTable)}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ import pretrain
 from data import TokenTable
 from finetune import mean_and_interval
 from material import write_articles, write_raw_folder
-from model import BertConfig, MaskedLM
 from test_scripts import ROOT, run
 
 sys.path.insert(0, str(ROOT / "results"))
@@ -139,25 +138,6 @@ def test_variants_do_what_their_names_say() -> None:
     variants.VARIANTS["PyTorch's Muon, query, key and value as one"][1]([fused], lr=0.1, weight_decay=0.0, dtype=torch.float32).step()
     values = torch.linalg.svdvals(fused.detach() - 1) / 0.1 / 3**0.5
     assert 0.5 < values.min() and values.max() < 1.4  # one matrix of 96 rows, orthogonalised
-
-
-def test_counting_in_windows(tmp_path: Path) -> None:
-    """By hand, and the start of that variant is another than that of count_pairs, which stays as it was."""
-    texts = [np.array([5, 6, 7, 8, 9, 10, 11]), np.array([5, 6])]
-    table = TokenTable(np.concatenate(texts).astype(np.uint16), np.array([0, 7, 9]), {"texts_sha256": "0" * 64})
-    pairs = variants.pairs_in_windows(table, 12, torch.device("cpu"))
-    expected = torch.zeros(12, 12)
-    for text in texts:
-        for i, a in enumerate(text):
-            for j, b in enumerate(text):
-                expected[a, b] += 1 / abs(i - j) if 0 < abs(i - j) <= 5 else 0
-    torch.testing.assert_close(pairs[5:, 5:], expected[5:, 5:])
-    starts, counting = [], pretrain.count_pairs
-    for start in (variants.start_from_windows, pretrain.start_from_counts):
-        model = MaskedLM(BertConfig(vocab_size=12, layers=1, width=64, heads=1))
-        start(model, table, 0.1, "cpu", tmp_path)
-        starts.append(model.bert.token.weight[5:].detach().clone())
-    assert not torch.allclose(*starts) and pretrain.count_pairs is counting
 
 
 def test_a_variant_replaces_pretraining_alone() -> None:

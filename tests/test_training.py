@@ -21,7 +21,7 @@ from committee import SoftCommittee
 from data import Corpus, DeviceTable, InputError, TokenTable, make_table
 from material import articles, small_tokenizer
 from model import Classifier, ConvStem, MaskedLM, named_config
-from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, held_out_loss, ids_with_masks,
+from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, count_neighbours, held_out_loss, ids_with_masks,
                       load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, schedule,
                       show_forward_pass, start_from_counts, unigram_loss)
 from tokenizer import CLS, FIRST_PIECE, MASK
@@ -344,6 +344,25 @@ def test_counting_puts_tokens_that_share_texts_together(tmp_path: Path) -> None:
     cosine.fill_diagonal_(torch.nan)
     within = torch.stack([cosine[:20, :20], cosine[20:, 20:]]).nanmean()
     assert within > cosine[:20, 20:].mean() + 0.3
+
+
+def test_counting_in_windows(tmp_path: Path) -> None:
+    """By hand; and a start from windows is another than one from texts, and kept in a file of its own."""
+    texts = [np.array([5, 6, 7, 8, 9, 10, 11]), np.array([5, 6])]
+    table = TokenTable(np.concatenate(texts).astype(np.uint16), np.array([0, 7, 9]), {"texts_sha256": "0" * 64})
+    expected = torch.zeros(12, 12)
+    for text in texts:
+        for i, a in enumerate(text):
+            for j, b in enumerate(text):
+                expected[a, b] += 1 / abs(i - j) if 0 < abs(i - j) <= 5 else 0
+    torch.testing.assert_close(count_neighbours(table, 12, CPU.device, 5)[5:, 5:], expected[5:, 5:])
+    assert torch.equal(count_neighbours(table, 12, CPU.device, 6)[5:, 5:], count_neighbours(table, 12, CPU.device, 4096)[5:, 5:])
+    models = [MaskedLM(named_config("bert-1", 64, vocab_size=12, max_length=32)) for _ in range(3)]
+    for model, window in zip(models, (5, 2, 0)):
+        start_from_counts(model, table, 0.1, "cpu", tmp_path, window)
+    starts = [model.bert.token.weight[5:] for model in models]
+    assert not any(torch.allclose(starts[i], starts[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    assert len(list(tmp_path.glob("counts-*.pt"))) == 3
 
 
 def test_start_from_counts_is_at_the_unigram_baseline(corpus: Corpus, tmp_path: Path) -> None:
