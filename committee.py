@@ -16,6 +16,7 @@ class probabilities (paper, section on committees).
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -39,8 +40,8 @@ from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Ro
                       run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
-                      chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record,
-                      settings_hash, stop_signals, write_json)
+                      checked, chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record, settings_hash,
+                      stop_signals, write_json)
 from tokenizer import Parser, Tokenizer, in_one_line
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
@@ -117,7 +118,10 @@ Unit = tuple[str, PretrainRecipe, int]  # what is trained: a named model, its re
 
 def planned(args: argparse.Namespace, recipe: PretrainRecipe) -> tuple[list[Unit], list[list[Unit]]]:
     """(the deep models, one a repeat; the members, K a repeat). Repeats have their own seeds, and share no member."""
-    return ([(args.deep, recipe, repeat) for repeat in range(args.repeats) if args.deep != "none"],
+    deep_recipe = recipe
+    if args.deep_time_budget is not None:
+        checked(deep_recipe := dataclasses.replace(recipe, time_budget=args.deep_time_budget), "deep-")
+    return ([(args.deep, deep_recipe, repeat) for repeat in range(args.repeats) if args.deep != "none"],
             [[(args.member_model[k % len(args.member_model)], recipe, MEMBER_SEED + repeat * args.members + k)
               for k in range(args.members)] for repeat in range(args.repeats)])
 
@@ -376,6 +380,8 @@ def command_line() -> Parser:
     group.add_argument("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="MODEL",
                        help=f"of the members, taken in turn if several (default bert-1); one of {', '.join(MODELS)}")
     group.add_argument("--deep", choices=(*MODELS, "none"), default="bert-6", help="the model to reach (default %(default)s)")
+    group.add_argument("--deep-time-budget", type=float, metavar="X", help="minutes of pre-training for the deep model (default: as for "
+                       "the members, --time-budget)")
     group.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
     group.add_argument("--repeats", type=number(1), default=1, metavar="N",
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
@@ -398,13 +404,13 @@ def train_and_judge(args: argparse.Namespace) -> None:
     """The whole job: articles and tasks, pre-training, fine-tuning, tables, results.json."""
     started = time.perf_counter()
     recipe, finetune_recipe = chosen_recipe(args, PRETRAIN_PRESETS), chosen_recipe(args, FINETUNE_PRESETS, "ft-")
+    deep, members = planned(args, recipe)
     hardware = choose_hardware(args.device, args.dtype)
     print(hardware.reason, flush=True)
     tasks = load_tasks(args)
     for task in tasks:
         check_task(finetune_recipe.pooling, task)  # before anything is pre-trained
     corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
-    deep, members = planned(args, recipe)
     if args.member is not None:
         return train_member(args.member, deep, sum(members, []), corpus, tasks, finetune_recipe, args, hardware)
     units = [*deep, *sum(members, [])]

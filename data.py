@@ -1021,7 +1021,7 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
 
 def nothing_settled_twice(args: argparse.Namespace) -> None:
     """Raises InputError for a flag whose value a prepared folder brings along."""
-    for name in ("tokenizer", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
+    for name in ("tokenizer", "whole_articles", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
         if args.prepared and getattr(args, name):
             raise InputError(f"--{name.replace('_', '-')}: --prepared {args.prepared} has settled that; leave one of them out")
 
@@ -1075,12 +1075,13 @@ class TokenTable:
         return len(self.offsets) - 1
 
 
-def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, folder: Path, name: str) -> TokenTable:
+def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, folder: Path, name: str, whole: bool = False) -> TokenTable:
     """The token table of the texts, from `folder` if it is there already, else encoded and written there.
 
+    whole: a text longer than max_length becomes several of like length, instead of being cut off; the table then has more texts.
     Memory beyond the table itself stays small: texts are encoded 2,000 at a time and written as they come.
     """
-    digest = hashlib.sha256(f"{tokenizer.hash} {max_length}".encode())
+    digest = hashlib.sha256(f"{tokenizer.hash} {max_length}{' whole' if whole else ''}".encode())
     for text in texts:
         digest.update(text.encode("utf-8", "replace") + b"\0")
     path = folder / f"{name}-{digest.hexdigest()[:16]}"
@@ -1088,19 +1089,27 @@ def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, fold
         return load_table(path)
     with file_lock(folder / "lock", wait=True):
         if not path.exists():  # else another process made it while this one waited
-            with folder_when_whole(path, needed=2 * max_length * len(texts)) as part:  # at most
+            with folder_when_whole(path, needed=2 * max_length * len(texts)) as part:  # at most, unless they are whole
                 lengths: list[int] = []
                 with open(part / "tokens.bin", "wb") as file:
                     for start in range(0, len(texts), 2_000):
-                        encoded = tokenizer.encode(texts[start : start + 2_000], max_length)
+                        encoded = tokenizer.encode(texts[start : start + 2_000], 10**9 if whole else max_length)
+                        encoded = end_to_end(encoded, max_length) if whole else encoded
                         lengths += map(len, encoded)
                         file.write(np.concatenate(encoded).astype("<u2").tobytes())
                 offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
                 np.save(part / "offsets.npy", offsets)
-                meta = {"name": name, "texts": len(texts), "tokens": int(offsets[-1]), "max_length": max_length,
-                        "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "texts_sha256": digest.hexdigest()}
+                meta = {"name": name, "texts": len(lengths), "tokens": int(offsets[-1]), "max_length": max_length,
+                        "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "texts_sha256": digest.hexdigest(), "whole": whole}
                 (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     return load_table(path)
+
+
+def end_to_end(texts: Sequence[np.ndarray], max_length: int) -> list[np.ndarray]:
+    """Texts' token ids, [CLS] pieces [SEP], laid end to end and cut every max_length: [CLS] pieces [SEP] pieces ... [SEP]."""
+    tokens = np.concatenate([ids[1:] for ids in texts])
+    rows = [tokens[i : i + max_length - 2] for i in range(0, len(tokens), max_length - 2)]
+    return [np.concatenate([texts[0][:1], row, texts[0][-1:]]) for row in rows]
 
 
 def load_table(path: Path) -> TokenTable:
@@ -1165,7 +1174,8 @@ class Corpus:
     held_out: TokenTable
 
     def in_words(self) -> str:
-        return (f"{len(self.train)} articles, {len(self.train.tokens) / 1e6:.2f} M tokens a pass, {len(self.held_out)} held out, "
+        parts = "parts of articles" if self.train.meta.get("whole") else "articles"
+        return (f"{len(self.train)} {parts}, {len(self.train.tokens) / 1e6:.2f} M tokens a pass, {len(self.held_out)} held out, "
                 f"vocabulary {self.tokenizer.vocab_size}")
 
 
@@ -1199,7 +1209,8 @@ def corpus_note(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     decides = [[(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
                [sorted(part) for part in kept_out(tasks)],
                [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("data.py", "tokenizer.py")],
-               str(args.tokenizer and Tokenizer.load(args.tokenizer).hash), args.articles_count, vocab_size, max_length]
+               str(args.tokenizer and Tokenizer.load(args.tokenizer).hash), args.articles_count, args.whole_articles, vocab_size,
+               max_length]
     return args.runs_dir / "tables" / f"corpus-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.json"
 
 
@@ -1223,6 +1234,8 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
         raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
     if not 8 <= max_length <= 4096:
         raise InputError(f"--max-length {max_length}: must lie in 8..4096")
+    if args.whole_articles and args.arm not in (None, *CONTROLS):
+        raise InputError(f"--arm {args.arm} chooses among articles by their first --max-length tokens: leave --whole-articles out")
     if args.prepared and args.arm not in (None, *CONTROLS):
         raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.prepared:
@@ -1239,7 +1252,7 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
                 with write_atomically(path) as file:
                     file.write(train_tokenizer((a.text for a in articles), vocab_size))
     tokenizer, tables = Tokenizer.load(path), args.runs_dir / "tables"
-    train = make_table([a.text for a in articles], tokenizer, max_length, tables, "articles")
+    train = make_table([a.text for a in articles], tokenizer, max_length, tables, "articles", args.whole_articles)
     held = make_table([a.text for a in held_out], tokenizer, max_length, tables, "held-out")
     if note:
         with write_atomically(note) as file:
@@ -1267,7 +1280,7 @@ def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:
     if corpus.train.meta["tokenizer"] != corpus.tokenizer.hash:
         raise InputError(f"--prepared {folder}: its token tables were made with another tokenizer than its tokenizer.model; make it again")
     if not 0 <= count <= len(corpus.train) or max_length != corpus.train.meta["max_length"]:
-        raise InputError(f"--prepared {folder}: holds {len(corpus.train)} articles of {corpus.train.meta['max_length']} tokens, "
+        raise InputError(f"--prepared {folder}: holds {len(corpus.train)} texts of {corpus.train.meta['max_length']} tokens, "
                          f"--articles-count {count} of --max-length {max_length} are asked for")
     return dataclasses.replace(corpus, train=subset(corpus.train, np.arange(count))) if count else corpus
 
@@ -1392,6 +1405,8 @@ def report_overlap(args: argparse.Namespace) -> None:
     """`data.py overlap`: each task's coverage by, and 10-grams shared with, the chosen articles or an arm of them."""
     if args.arm in CONTROLS:
         raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
+    if args.whole_articles:
+        raise InputError("data.py overlap looks at the first --max-length tokens of each article: leave --whole-articles out")
     for task in load_tasks(args):
         corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
         chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
@@ -1426,6 +1441,8 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--wiki", choices=("simplewiki", "enwiki"), help="random articles of this Wikipedia's newest dump")
     group.add_argument("--articles-count", type=int, default=0, metavar="N",
                        help="how many to train on (default: all; 20000 with --wiki). Paper: 20000, 40000, 90000")
+    group.add_argument("--whole-articles", action="store_true", help="also train on what lies behind the first --max-length tokens of an "
+                       "article: a longer one becomes several texts")
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one")
     group.add_argument("--arm", choices=("low", "random", "high", "clean", *CONTROLS),
                        help="a part of the articles: --arm-count of low, random or high token overlap with the task's training rows; "

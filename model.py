@@ -356,10 +356,13 @@ class MaskedLM(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         initialise(self, config)
 
-    def forward(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """input_ids: (B, T); positions: (M,) indices into the flattened batch -> logits (M, V)."""
+    def forward(self, input_ids: Tensor, positions: Tensor, pieces: Tensor | None = None) -> Tensor:
+        """input_ids: (B, T); positions: (M,) indices into the flattened batch -> logits (M, V), or of some pieces (K,) alone, (M, K)."""
         hidden = self.bert(input_ids).flatten(0, 1).index_select(0, positions)  # (M, C)
-        return F.linear(self.norm(F.gelu(self.dense(hidden))), self.bert.token.weight, self.bias)
+        hidden = self.norm(F.gelu(self.dense(hidden)))
+        if pieces is None:
+            return F.linear(hidden, self.bert.token.weight, self.bias)
+        return F.linear(hidden, self.bert.token.weight.index_select(0, pieces), self.bias.index_select(0, pieces))
 
 
 def pool(hidden: Tensor, input_ids: Tensor, pooling: str) -> Tensor:

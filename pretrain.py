@@ -116,6 +116,8 @@ class PretrainRecipe(Optimisation):
     vocab_size: int = setting(30_522, TOKENS, "pieces of a newly trained tokenizer")
     max_length: int = setting(128, TOKENS, "tokens of a text")
     mask_rate: float = setting(0.15, TOKENS, "share of the tokens to predict in training (evaluation: always 0.15)")
+    head_sample: int = setting(0, TOKENS, "above 0: in training, answer among so many pieces, those that the batch asks for and others "
+                               "drawn at random (evaluation: always among all)")
     fault_special: bool = setting(False, FAULTS, "authors' fault: random replacements may be special tokens")
     fault_stem: bool = setting(False, FAULTS, "authors' fault: padding leaks through the convolutional stem")
     fault_ids: bool = setting(False, FAULTS, "authors' fault: [CLS] stands where [PAD] should, so its embedding is frozen at 0")
@@ -163,7 +165,7 @@ def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
               "clip": (0, 1e9), "heads": (0, 1024), "time_budget": (0, 1e5),
               "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
               "width": (64, 16384), "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10),
-              "count_window": (0, 4096)}
+              "count_window": (0, 4096), "head_sample": (0, 10**6)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
             raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
@@ -860,6 +862,23 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float = 0.15, generato
     return flat.index_put((positions,), replacement).view_as(input_ids), positions, labels
 
 
+def sample_pieces(labels: Tensor, vocab_size: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A smaller question than "which of all pieces?": which of `number` pieces, namely those that some label names and others drawn at
+    random? Each drawn one stands for several, so its logit is to grow by the logarithm of how many: then the sum under the softmax is
+    right on average (importance sampling; after Bengio and Senécal, 2003, "Quick training of probabilistic neural nets").
+
+    labels: (M,), -100 where none -> pieces (K,), what to add to their logits (K,), the labels as places among the pieces (M,).
+    K: `number`, or more if the labels name more.
+    """
+    asked = torch.zeros(vocab_size, dtype=torch.bool, device=labels.device)
+    asked[labels[labels >= 0]] = True
+    named, rest = asked.nonzero().squeeze(1), (~asked).nonzero().squeeze(1)
+    drawn = rest[torch.randperm(len(rest), device=labels.device)[: max(0, number - len(named))]]
+    more = torch.full(drawn.shape, math.log(len(rest) / max(1, len(drawn))), device=labels.device)
+    places = torch.where(labels >= 0, asked.cumsum(0)[labels.clamp(min=0)] - 1, labels)
+    return torch.cat([named, drawn]), torch.cat([torch.zeros(len(named), device=labels.device), more]), places
+
+
 def unigram_loss(train: TokenTable, held_out: TokenTable, vocab_size: int) -> float:
     """Cross-entropy, in nats, of a model that knows only how often each token occurs (in the training articles)."""
     seen = np.bincount(train.tokens, minlength=vocab_size)[FIRST_PIECE:] + 1.0
@@ -940,8 +959,13 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 # more, whose label cross_entropy passes over
                 more = -len(asked) % 64
                 asked, answers = F.pad(asked, (0, more)), F.pad(answers, (0, more), value=-100)
+                pieces = None
+                if 0 < recipe.head_sample < vocab_size:
+                    pieces, correction, answers = sample_pieces(answers, vocab_size, recipe.head_sample)
                 with hardware.autocast():
-                    logits = forward(masked[start:stop], asked).float()  # (M, V); the copy in bf16 is dropped at once
+                    logits = forward(masked[start:stop], asked, pieces).float()  # (M, V) or (M, K); the copy in bf16 is dropped at once
+                if pieces is not None:
+                    logits += correction
                 # each part weighs as many masked tokens as it has: an exact split
                 loss = F.cross_entropy(logits, answers, reduction="sum") / max(1, len(labels))
                 del logits

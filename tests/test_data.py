@@ -24,7 +24,7 @@ from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, Tokenizer, train_tokeniz
 def arguments(**changes) -> argparse.Namespace:
     defaults = dict(articles=None, wiki=None, articles_count=0, tokenizer=None, prepared=None, arm=None, arm_count=20, raw_dir=Path("none"), runs_dir=Path("none"), task=None,
                     task_file=None, train_per_class=None, test_per_class=None, min_class_size=0, entity_markers=False, tune=False,
-                    preset="quick")
+                    preset="quick", whole_articles=False)
     return argparse.Namespace(**{**defaults, **changes})
 
 
@@ -241,6 +241,18 @@ def test_token_table(tmp_path: Path) -> None:
         load_table(folder)
 
 
+def test_whole_articles_lose_no_token(tmp_path: Path) -> None:
+    tokenizer, texts = small_tokenizer(), ["", "river", *(a["text"] for a in articles(30)), "river of france " * 100]
+    cut, whole = (make_table(texts, tokenizer, 24, tmp_path, "x", part) for part in (False, True))
+    assert whole.lengths.max() == 24 and len(whole) > len(cut) == len(texts) and len(whole) == whole.meta["texts"]
+    rows = iter(whole.tokens[a:b].tolist() for a, b in zip(whole.offsets, whole.offsets[1:]))
+    for ids in tokenizer.encode(texts, 10**6):
+        parts = [next(rows) for _ in range(max(1, -(-(len(ids) - 2) // 22)))]  # as few as can be
+        assert all(part[0] == CLS and part[-1] == SEP for part in parts) and max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert [token for part in parts for token in part[1:-1]] == ids[1:-1].tolist()
+    assert next(rows, None) is None
+
+
 @pytest.mark.parametrize("like_length", [False, True])
 def test_batches(tmp_path: Path, like_length: bool) -> None:
     tokenizer, texts = small_tokenizer(), [a["text"][: 20 + 9 * (i % 20)] for i, a in enumerate(articles(101))]
@@ -280,6 +292,7 @@ def test_the_same_files_are_not_read_a_second_time(tmp_path: Path, monkeypatch: 
     assert ways() == 1 and ways() == 0
     (model,) = (tmp_path / "runs/tokenizers").glob("*.model")
     assert ways(tokenizer=model) == 1 and ways(tokenizer=model) == 0
+    assert ways(whole_articles=True) == 1 and ways(whole_articles=True) == 0 and ways() == 0
     assert ways(articles_count=100) == 1 and ways(arm="shuffled") == 0 and len(encode_articles(args, [], 200, 32)[1]) == 143
     write_articles(path, 160)
     assert ways() == 1 and ways() == 0 and len(load_corpus(args, [], 200, 32).train) == 152

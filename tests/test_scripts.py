@@ -215,6 +215,15 @@ def test_committee_on_a_file_of_ones_own(material: Path) -> None:
     assert "name a file" in run("committee.py", *sources(material), "--out", material, status=2)
 
 
+def test_the_deep_model_has_its_own_time(material: Path) -> None:
+    """--deep-time-budget is the deep model's alone: the member takes its steps."""
+    kept = material / "deep.json"
+    run("committee.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv", "--members", "1", "--steps", "3",
+        "--deep-time-budget", "0.1", "--out", kept)
+    steps = {name[:6]: trained["steps"] for name, trained in json.loads(kept.read_text(encoding="utf-8"))["pretraining"].items()}
+    assert steps["bert-1"] == 3 and steps["bert-6"] > 20
+
+
 def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
     """One member in a call of its own, and the call after it gathers: it trains the other alone."""
     command = ["committee.py", *sources(material), "--runs-dir", material / "runs-member", "--task-file", material / "train.csv",
@@ -296,7 +305,7 @@ def test_data_script(material: Path) -> None:
             for source in (elsewhere, [*sources(material), "--tokenizer", own])]
     tables = [re.search(r"^fewrel: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in both]
     assert tables[0] == tables[1], "a prepared folder gives another result than the files it was made from"
-    for flags, message in ((["--max-length", "32"], "holds 143 articles of 16 tokens"), (["--max-length", "16", "--articles-count", "9999"], "9999"),
+    for flags, message in ((["--max-length", "32"], "holds 143 texts of 16 tokens"), (["--max-length", "16", "--articles-count", "9999"], "9999"),
                            (["--max-length", "16", "--arm", "clean"], "holds tokens alone"), (["--max-length", "16", "--task", "agnews"], "without task"),
                            (["--train-per-class", "3"], "has settled that")):
         assert message in run("committee.py", *elsewhere, "--task", "fewrel", *flags, status=2)
@@ -306,6 +315,8 @@ def test_data_script(material: Path) -> None:
     (["pretrain.py", "--articles", "no-such-file.txt"], "no such file"),
     (["pretrain.py", "--articles", "ARTICLES", "--width", "100"], "width 100 is not a positive multiple of 64"),
     (["pretrain.py", "--articles", "ARTICLES", "--optimizer", "sgd"], "there are adamw and muon"),
+    (["pretrain.py", "--articles", "ARTICLES", "--whole-articles", "--arm", "high"], "leave --whole-articles out"),
+    (["data.py", "overlap", "--articles", "ARTICLES", "--whole-articles"], "leave --whole-articles out"),
     (["pretrain.py", "--articles", "ARTICLES", "--vocab-size", "60000"], "largest that fits"),
     (["pretrain.py", "--articles", "ARTICLES", "--device", "cuda"], "--device cpu"),
     (["finetune.py", "--checkpoint", "nowhere", "--task-file", "TRAIN"], "is this a run folder"),
@@ -315,6 +326,7 @@ def test_data_script(material: Path) -> None:
     (["finetune.py", "--task", "fewrell"], "did you mean fewrel?"),
     (["pretrain.py", "--articles", "ARTICLES", "--micro-batch", "-1"], "--micro-batch -1: must lie in"),
     (["committee.py", "--articles", "ARTICLES", "--deep", "bert-1"], "is a member too"),
+    (["committee.py", "--articles", "ARTICLES", "--deep-time-budget", "-1"], "--deep-time-budget -1.0: must lie in"),
     (["finetune.py", "--task-file", "TRAIN", "TRAIN", "TRAIN", "--articles", "ARTICLES"], "at most one test file"),
     (["pretrain.py", "--articles", "PACKED"], "d.xml.gz: article files end in"),
     (["pretrain.py", "--articles", "ARTICLES", "--articles-count", "9999"], "--articles-count 9999: there are"),

@@ -22,8 +22,8 @@ from data import Corpus, DeviceTable, InputError, TokenTable, make_table
 from material import articles, small_tokenizer
 from model import Classifier, ConvStem, MaskedLM, named_config
 from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, count_neighbours, held_out_loss, ids_with_masks,
-                      load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, schedule,
-                      show_forward_pass, start_from_counts, unigram_loss)
+                      load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, sample_pieces,
+                      schedule, show_forward_pass, start_from_counts, unigram_loss)
 from tokenizer import CLS, FIRST_PIECE, MASK
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "test")
@@ -80,6 +80,24 @@ def test_every_seed_and_step_has_its_own_masks(corpus: Corpus, tmp_path: Path, m
     for seed in (0, 1, 2):
         pretrain("bert-1", dataclasses.replace(PRESETS["smoke"], max_length=32, steps=3), corpus, seed, tmp_path, CPU)
     assert len(draws) == 9 and len({tuple(d) for d in draws}) == 9
+
+
+def test_sampled_pieces_stand_for_all_on_average() -> None:
+    """The labels' pieces are among them, each once; the sum under the softmax is that over the whole vocabulary, on average over draws."""
+    V, labels = 50, torch.tensor([7, 9, -100, 7, 30])
+    logits = torch.randn(len(labels), V, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    sums = []
+    for _ in range(4_000):
+        pieces, correction, places = sample_pieces(labels, V, 12)
+        assert len(pieces) == len(pieces.unique()) == 12 and pieces[:3].tolist() == [7, 9, 30] and not correction[:3].any()
+        assert places.tolist() == [0, 1, -100, 0, 2]
+        sums.append((logits[:, pieces] + correction).exp().sum(1))
+    drawn = torch.stack(sums)
+    assert ((drawn.mean(0) - logits.exp().sum(1)).abs() < 5 * drawn.std(0) / len(sums) ** 0.5).all()
+    assert sample_pieces(labels, V, 2)[0].tolist() == [7, 9, 30] and sample_pieces(torch.tensor([-100]), V, 4)[2].tolist() == [-100]
+    pieces, correction, places = sample_pieces(labels, V, V)  # all of them: the whole softmax
+    assert not correction.any() and sorted(pieces.tolist()) == list(range(V)) and pieces[places[0]] == 7
 
 
 def test_the_authors_fault_inserts_special_tokens() -> None:
@@ -219,7 +237,7 @@ def test_a_rank_without_a_text_has_a_stem_too() -> None:
     assert y.shape == x.shape and all(not p.grad.any() for p in stem.parameters())
 
 
-@pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1, "short_conv": True}), ("bert-1-conv2", {"attention_dropout": 0.1})])
+@pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1, "short_conv": True, "head_sample": 60}), ("bert-1-conv2", {"attention_dropout": 0.1})])
 def test_resume_is_bit_exact(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, changes: dict) -> None:
     """Interrupted twice by a signal, once right after a step that is no line of the log; then equal to the last bit."""
     recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=250 if model == "bert-1" else 12, **changes)
@@ -300,9 +318,11 @@ def test_a_run_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> None
     pretrain("bert-1", dataclasses.replace(recipe, lr=1e-2), corpus, 1, tmp_path, CPU, name="mine", fresh=True)
 
 
-def test_training_leaves_the_unigram_baseline(corpus: Corpus, tmp_path: Path) -> None:
+@pytest.mark.parametrize("head_sample", [0, 60])
+def test_training_leaves_the_unigram_baseline(corpus: Corpus, tmp_path: Path, head_sample: int) -> None:
     """The made-up sentences have a simple grammar: a few hundred steps must beat word frequencies by far."""
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=300, batch_size=16, optimizer="muon", lr=1e-2, beta2=0.98)
+    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=300, batch_size=16, optimizer="muon", lr=1e-2, beta2=0.98,
+                                 head_sample=head_sample)
     results = json.loads((pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU) / "results.json").read_text(encoding="utf-8"))
     seen = np.bincount(corpus.train.tokens, minlength=200)[FIRST_PIECE:] + 1.0
     counted = sum(-np.log(seen[t - FIRST_PIECE] / seen.sum()) for t in np.asarray(corpus.held_out.tokens, dtype=int) if t >= FIRST_PIECE)
