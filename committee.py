@@ -118,9 +118,8 @@ Unit = tuple[str, PretrainRecipe, int]  # what is trained: a named model, its re
 
 def planned(args: argparse.Namespace, recipe: PretrainRecipe) -> tuple[list[Unit], list[list[Unit]]]:
     """(the deep models, one a repeat; the members, K a repeat). Repeats have their own seeds, and share no member."""
-    deep_recipe = recipe
-    if args.deep_time_budget is not None:
-        checked(deep_recipe := dataclasses.replace(recipe, time_budget=args.deep_time_budget), "deep-")
+    deep_recipe = recipe if args.deep_time_budget is None else dataclasses.replace(recipe, time_budget=args.deep_time_budget)
+    checked(deep_recipe, "deep-")
     return ([(args.deep, deep_recipe, repeat) for repeat in range(args.repeats) if args.deep != "none"],
             [[(args.member_model[k % len(args.member_model)], recipe, MEMBER_SEED + repeat * args.members + k)
               for k in range(args.members)] for repeat in range(args.repeats)])
@@ -464,6 +463,8 @@ def main() -> None:
     args.members = args.members or MEMBERS[args.preset]
     if args.out and (args.out.is_dir() or not args.out.resolve().parent.is_dir()):
         raise InputError(f"--out {args.out}: name a file, in a folder that exists")
+    if args.deep == "none" and args.deep_time_budget is not None:
+        raise InputError("--deep-time-budget: there is no deep model; leave --deep none out")
     if args.deep in args.member_model:
         raise InputError(f"--deep {args.deep}: is a member too; name another model")
     train_and_judge(args)

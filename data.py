@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, TRAINING, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
+from tokenizer import CLS, FIRST_PIECE, PAD, SEP, TRAINING, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
 
 if sys.platform == "win32":
     import msvcrt
@@ -1078,7 +1078,7 @@ class TokenTable:
 def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, folder: Path, name: str, whole: bool = False) -> TokenTable:
     """The token table of the texts, from `folder` if it is there already, else encoded and written there.
 
-    whole: a text longer than max_length becomes several of like length, instead of being cut off; the table then has more texts.
+    whole: texts are not cut off at max_length, but laid end to end (end_to_end); a text of the table is then no longer one of these.
     Memory beyond the table itself stays small: texts are encoded 2,000 at a time and written as they come.
     """
     digest = hashlib.sha256(f"{tokenizer.hash} {max_length}{' whole' if whole else ''}".encode())
@@ -1089,7 +1089,7 @@ def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, fold
         return load_table(path)
     with file_lock(folder / "lock", wait=True):
         if not path.exists():  # else another process made it while this one waited
-            with folder_when_whole(path, needed=2 * max_length * len(texts)) as part:  # at most, unless they are whole
+            with folder_when_whole(path, needed=0 if whole else 2 * max_length * len(texts)) as part:  # at most
                 lengths: list[int] = []
                 with open(part / "tokens.bin", "wb") as file:
                     for start in range(0, len(texts), 2_000):
@@ -1106,10 +1106,10 @@ def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, fold
 
 
 def end_to_end(texts: Sequence[np.ndarray], max_length: int) -> list[np.ndarray]:
-    """Texts' token ids, [CLS] pieces [SEP], laid end to end and cut every max_length: [CLS] pieces [SEP] pieces ... [SEP]."""
+    """Texts' token ids, [CLS] pieces [SEP], laid end to end, each with its [SEP], and cut every max_length - 2 tokens: rows of [CLS], such
+    a stretch, [SEP]."""
     tokens = np.concatenate([ids[1:] for ids in texts])
-    rows = [tokens[i : i + max_length - 2] for i in range(0, len(tokens), max_length - 2)]
-    return [np.concatenate([texts[0][:1], row, texts[0][-1:]]) for row in rows]
+    return [np.concatenate([[CLS], tokens[i : i + max_length - 2], [SEP]]) for i in range(0, len(tokens), max_length - 2)]
 
 
 def load_table(path: Path) -> TokenTable:
@@ -1174,7 +1174,7 @@ class Corpus:
     held_out: TokenTable
 
     def in_words(self) -> str:
-        parts = "parts of articles" if self.train.meta.get("whole") else "articles"
+        parts = "texts" if self.train.meta.get("whole") else "articles"
         return (f"{len(self.train)} {parts}, {len(self.train.tokens) / 1e6:.2f} M tokens a pass, {len(self.held_out)} held out, "
                 f"vocabulary {self.tokenizer.vocab_size}")
 
@@ -1235,7 +1235,7 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
     if not 8 <= max_length <= 4096:
         raise InputError(f"--max-length {max_length}: must lie in 8..4096")
     if args.whole_articles and args.arm not in (None, *CONTROLS):
-        raise InputError(f"--arm {args.arm} chooses among articles by their first --max-length tokens: leave --whole-articles out")
+        raise InputError(f"--arm {args.arm} chooses among articles, and with --whole-articles a text is no longer one: leave that out")
     if args.prepared and args.arm not in (None, *CONTROLS):
         raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.prepared:
@@ -1279,6 +1279,8 @@ def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:
     corpus = Corpus(Tokenizer.load(folder / "tokenizer.model"), load_table(folder / "articles"), load_table(folder / "held-out"))
     if corpus.train.meta["tokenizer"] != corpus.tokenizer.hash:
         raise InputError(f"--prepared {folder}: its token tables were made with another tokenizer than its tokenizer.model; make it again")
+    if count and corpus.train.meta.get("whole"):
+        raise InputError(f"--prepared {folder}: holds whole articles, end to end; --articles-count {count} is for data.py encode")
     if not 0 <= count <= len(corpus.train) or max_length != corpus.train.meta["max_length"]:
         raise InputError(f"--prepared {folder}: holds {len(corpus.train)} texts of {corpus.train.meta['max_length']} tokens, "
                          f"--articles-count {count} of --max-length {max_length} are asked for")
@@ -1406,7 +1408,8 @@ def report_overlap(args: argparse.Namespace) -> None:
     if args.arm in CONTROLS:
         raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
     if args.whole_articles:
-        raise InputError("data.py overlap looks at the first --max-length tokens of each article: leave --whole-articles out")
+        raise InputError("data.py overlap compares articles one by one: leave --whole-articles out (shared 10-grams are looked for in "
+                         "whole articles anyway)")
     for task in load_tasks(args):
         corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
         chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
@@ -1442,7 +1445,7 @@ def add_source_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--articles-count", type=int, default=0, metavar="N",
                        help="how many to train on (default: all; 20000 with --wiki). Paper: 20000, 40000, 90000")
     group.add_argument("--whole-articles", action="store_true", help="also train on what lies behind the first --max-length tokens of an "
-                       "article: a longer one becomes several texts")
+                       "article (of a dump's: up to 1,200 characters): articles are laid end to end, and that is cut into texts")
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one")
     group.add_argument("--arm", choices=("low", "random", "high", "clean", *CONTROLS),
                        help="a part of the articles: --arm-count of low, random or high token overlap with the task's training rows; "
@@ -1491,7 +1494,7 @@ def main() -> None:
     group.add_argument("--out", type=Path, metavar="DIR", help="encode: keep tokenizer, token tables and tasks in the new folder DIR, for "
                        "--prepared (and DIR/tokenizer.model for --tokenizer)")
     group.add_argument("--vocab-size", type=int, default=4_000, help="of a newly trained tokenizer (default %(default)s, as quick's)")
-    group.add_argument("--max-length", type=int, default=128, help="tokens of an article (default %(default)s)")
+    group.add_argument("--max-length", type=int, default=128, help="tokens of a text (default %(default)s)")
     args = parser.parse_args()
     if args.prepared and args.action != "list":
         raise InputError(f"data.py {args.action} reads raw data: leave --prepared out")

@@ -242,15 +242,14 @@ def test_token_table(tmp_path: Path) -> None:
 
 
 def test_whole_articles_lose_no_token(tmp_path: Path) -> None:
-    tokenizer, texts = small_tokenizer(), ["", "river", *(a["text"] for a in articles(30)), "river of france " * 100]
-    cut, whole = (make_table(texts, tokenizer, 24, tmp_path, "x", part) for part in (False, True))
-    assert whole.lengths.max() == 24 and len(whole) > len(cut) == len(texts) and len(whole) == whole.meta["texts"]
-    rows = iter(whole.tokens[a:b].tolist() for a, b in zip(whole.offsets, whole.offsets[1:]))
-    for ids in tokenizer.encode(texts, 10**6):
-        parts = [next(rows) for _ in range(max(1, -(-(len(ids) - 2) // 22)))]  # as few as can be
-        assert all(part[0] == CLS and part[-1] == SEP for part in parts) and max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert [token for part in parts for token in part[1:-1]] == ids[1:-1].tolist()
-    assert next(rows, None) is None
+    """End to end, each closed by [SEP], in rows that are full but for the last of every 2,000 articles."""
+    tokenizer, texts = small_tokenizer(), ["", "river", *(a["text"] for a in articles(30)), "river of france " * 100] * 70
+    table = make_table(texts, tokenizer, 24, tmp_path, "x", whole=True)
+    rows = [table.tokens[a:b].tolist() for a, b in zip(table.offsets, table.offsets[1:])]
+    assert len(rows) == table.meta["texts"] and all(row[0] == CLS and row[-1] == SEP for row in rows)
+    assert sorted(map(len, rows))[2] == 24 == max(map(len, rows))  # two may be shorter
+    assert [token for row in rows for token in row[1:-1]] == [t for ids in tokenizer.encode(texts, 10**6) for t in ids[1:].tolist()]
+    assert len(make_table(texts, tokenizer, 24, tmp_path, "x")) == len(texts)  # another table
 
 
 @pytest.mark.parametrize("like_length", [False, True])

@@ -40,7 +40,7 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 
     def arguments(runs: str) -> list[str]:
         return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(tmp_path / runs), "--name", "r", "--batch-size", "4",
-                "--steps", "80", "--micro-batch", "1", "--device", "cpu", "--dtype", "fp32"]
+                "--steps", "80", "--micro-batch", "1", "--head-sample", "60", "--device", "cpu", "--dtype", "fp32"]
 
     ranks = tmp_path / "ranks" / "pretrain" / "r"
     process = torchrun(2, arguments("ranks"))
