@@ -1235,7 +1235,7 @@ def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size:
     if not 8 <= max_length <= 4096:
         raise InputError(f"--max-length {max_length}: must lie in 8..4096")
     if args.whole_articles and args.arm not in (None, *CONTROLS):
-        raise InputError(f"--arm {args.arm} chooses among articles, and with --whole-articles a text is no longer one: leave that out")
+        raise InputError(f"--arm {args.arm} chooses among articles, which texts are no longer: leave --whole-articles out")
     if args.prepared and args.arm not in (None, *CONTROLS):
         raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
     if args.prepared:
