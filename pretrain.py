@@ -876,7 +876,7 @@ def sample_pieces(labels: Tensor, vocab_size: int, number: int) -> tuple[Tensor,
     drawn = others[torch.randperm(len(others), device=labels.device)[: max(number - (vocab_size - len(others)), number // 2, 1)]]
     pieces = torch.cat([named.nonzero().squeeze(1), drawn])
     growth = torch.zeros(len(pieces), device=labels.device)
-    growth[len(pieces) - len(drawn) :] = math.log(len(others) / max(1, len(drawn)) or 1)
+    growth[len(pieces) - len(drawn) :] = math.log(max(1, len(others)) / max(1, len(drawn)))
     return pieces, growth, named.cumsum(0)[labels] - 1
 
 

@@ -310,6 +310,10 @@ def test_data_script(material: Path) -> None:
                            (["--max-length", "16", "--arm", "clean"], "holds tokens alone"), (["--max-length", "16", "--task", "agnews"], "without task"),
                            (["--train-per-class", "3"], "has settled that")):
         assert message in run("committee.py", *elsewhere, "--task", "fewrel", *flags, status=2)
+    elsewhere[-1] = material / "whole"
+    run(*encode[:-1], elsewhere[-1], "--whole-articles")
+    assert "held-out loss" in run("pretrain.py", *elsewhere, "--max-length", "16", "--steps", "2")
+    assert "whole articles, end to end" in run("pretrain.py", *elsewhere, "--max-length", "16", "--articles-count", "20", status=2)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -328,6 +332,7 @@ def test_data_script(material: Path) -> None:
     (["pretrain.py", "--articles", "ARTICLES", "--micro-batch", "-1"], "--micro-batch -1: must lie in"),
     (["committee.py", "--articles", "ARTICLES", "--deep", "bert-1"], "is a member too"),
     (["committee.py", "--articles", "ARTICLES", "--deep-time-budget", "-1"], "--deep-time-budget -1.0: must lie in"),
+    (["committee.py", "--articles", "ARTICLES", "--deep", "none", "--deep-time-budget", "1"], "there is no deep model"),
     (["finetune.py", "--task-file", "TRAIN", "TRAIN", "TRAIN", "--articles", "ARTICLES"], "at most one test file"),
     (["pretrain.py", "--articles", "PACKED"], "d.xml.gz: article files end in"),
     (["pretrain.py", "--articles", "ARTICLES", "--articles-count", "9999"], "--articles-count 9999: there are"),
