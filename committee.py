@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, check_task,
-                      difference, finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy,
-                      run_probabilities, twin_seed, unit_values, votes)
+                      difference, finetune, gap_sentence, in_words, load_classifier, note_what_it_read, plot_accuracies, points,
+                      run_accuracy, run_probabilities, twin_seed, unit_values, votes)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
 from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
                       checked, chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record, settings_hash,
@@ -71,8 +71,8 @@ class SoftCommittee(nn.Module):
 def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: Hardware, texts: int = 60) -> dict[str, dict[str, float]]:
     """Milliseconds to classify one real test text, and texts a second in batches of 64, of each model.
 
-    The models take turns on the same texts, so that a busy moment of the machine hits all of them alike; each batch runs once before it
-    counts.
+    The models take turns on the same texts, so that a busy moment of the machine hits all of them alike; each text and each batch has
+    run once before it counts, as the first of its shape is slow.
     """
     def seconds(model: Callable, rows: np.ndarray) -> float:
         input_ids = tables.test.batch(rows)
@@ -88,8 +88,8 @@ def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: H
     single = np.linspace(0, len(lengths) - 1, texts).astype(int)
     batches = np.array_split(np.argsort(lengths)[: 64 * (len(lengths) // 64)], len(lengths) // 64)[:: max(1, len(lengths) // 640)] \
         if len(lengths) >= 64 else [np.arange(len(lengths))]
-    for model in models.values():
-        for row in single[:5]:
+    for row in single:
+        for model in models.values():
             seconds(model, np.array([row]))  # warm-up
     one: dict[str, list[float]] = {name: [] for name in models}
     many: dict[str, list[float]] = {name: [] for name in models}
@@ -98,7 +98,7 @@ def measure_latency(models: dict[str, Callable], tables: TaskTables, hardware: H
             one[name].append(1e3 * seconds(model, np.array([row])))
     for rows in batches:
         for name, model in models.items():
-            seconds(model, rows)  # warm-up: the first batch of its shape
+            seconds(model, rows)  # warm-up
             many[name].append(seconds(model, rows))
     return {name: {"p10": float(np.percentile(one[name], 10)), "median": float(np.median(one[name])),
                    "p90": float(np.percentile(one[name], 90)),
@@ -311,6 +311,7 @@ def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_r
     deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat.
     Returns (the task's part of results.json; the first deep model's fine-tuned run, if any; the first committee's).
     """
+    note_what_it_read(member_runs[0][0], task)
     tables = TaskTables.make(task, tokenizer, config_of(member_runs[0][0]).max_length, args.runs_dir, hardware.device)
     deep: dict[str, list[list[Path]]] = {}  # kind -> fine-tuned runs, [repeat][fine-tuning seed]
     groups: dict[str, list[list[list[Path]]]] = {}  # [repeat][member][fine-tuning seed]

@@ -26,6 +26,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import random
@@ -761,6 +762,11 @@ def kept_out(tasks: Sequence[Task]) -> tuple[set[str], set[str]]:
             {title for task in tasks for title in task.test_titles})
 
 
+def fingerprints(tasks: Sequence[Task]) -> set[str]:
+    """A short hash of each text that kept_out names: a pre-training run notes them, and a later fine-tuning sees what it may test on."""
+    return {hashlib.sha256(key.encode()).hexdigest()[:16] for key in kept_out(tasks)[0]}
+
+
 def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -> tuple[list[Article], list[Article]]:
     """The articles to train on and those held out, as the command line chose them, in a fixed random order.
 
@@ -1150,13 +1156,14 @@ class DeviceTable:
     """A token table on the training device, from which batches are cut without touching the disk or the host."""
 
     def __init__(self, table: TokenTable, device: torch.device) -> None:
+        self.most = table.meta.get("max_length", math.inf)  # tokens a text may have, as many as a model has positions
         self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
         self.offsets, self.lengths = table.offsets, table.lengths
         self.device = device
 
     def batch(self, texts: np.ndarray) -> Tensor:
-        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: the longest, rounded up to 8."""
-        T = -(-int(self.lengths[texts].max()) // 8) * 8
+        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: the longest, rounded up to 8, or the table's max_length."""
+        T = int(min(-(-int(self.lengths[texts].max()) // 8) * 8, self.most))
         span = np.stack([self.offsets[texts], self.lengths[texts]])
         start, length = torch.from_numpy(span).to(self.device)[:, :, None]  # each (B, 1)
         column = torch.arange(T, device=self.device)
@@ -1167,11 +1174,13 @@ class DeviceTable:
 # ------------------------------------------------------------------------------------------- the whole corpus
 @dataclass
 class Corpus:
-    """What pre-training reads: a tokenizer, and the token tables of the training and the held-out articles."""
+    """What pre-training reads: a tokenizer, and the token tables of the training and the held-out articles. kept_out: fingerprints
+    of test texts that are none of them."""
 
     tokenizer: Tokenizer
     train: TokenTable
     held_out: TokenTable
+    kept_out: frozenset[str] = frozenset()
 
     def in_words(self) -> str:
         parts = "texts" if self.train.meta.get("whole") else "articles"
@@ -1189,6 +1198,8 @@ def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int
     if not corpus:
         corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
     print(corpus.in_words(), flush=True)
+    # a prepared folder was made without the test texts of its tasks, whatever is tested on now (--tune)
+    corpus = dataclasses.replace(corpus, kept_out=frozenset(fingerprints(prepared_tasks(args.prepared) if args.prepared else tasks)))
     if corpus.tokenizer.vocab_size != vocab_size:  # --prepared, --tokenizer
         print(f"note: the tokenizer given has {corpus.tokenizer.vocab_size} pieces; --vocab-size {vocab_size} has no say", flush=True)
     if not args.arm:
@@ -1220,9 +1231,9 @@ def noted_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: in
         return None
     try:
         noted = json.loads(note.read_text(encoding="utf-8"))
-        tables = [load_table(note.parent / f"{part}-{noted[part][:16]}") for part in ("articles", "held-out")]
-        corpus = Corpus(Tokenizer.load(args.tokenizer or args.runs_dir / "tokenizers" / noted["tokenizer"]), *tables)
-        return corpus if tables[0].meta["tokenizer"] == corpus.tokenizer.hash else None
+        train, held_out = (load_table(note.parent / f"{part}-{noted[part][:16]}") for part in ("articles", "held-out"))
+        corpus = Corpus(Tokenizer.load(args.tokenizer or args.runs_dir / "tokenizers" / noted["tokenizer"]), train, held_out)
+        return corpus if corpus.train.meta["tokenizer"] == corpus.tokenizer.hash else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError):
         return None  # all is made again, or found to be damaged, by the long way
 
@@ -1287,7 +1298,8 @@ def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:
     return dataclasses.replace(corpus, train=subset(corpus.train, np.arange(count))) if count else corpus
 
 
-def prepared_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
+def prepared_tasks(folder: Path, names: Sequence[str] | None = None) -> list[Task]:
+    """The tasks of these names (None: all) that save_prepared wrote."""
     try:
         with gzip.open(folder / "tasks.json.gz", "rt", encoding="utf-8") as file:
             content = file.read(MOST_UNPACKED)
@@ -1296,6 +1308,7 @@ def prepared_tasks(folder: Path, names: Sequence[str]) -> list[Task]:
                      for t in json.loads(content)}
     except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zlib.error) as error:
         raise InputError(f"{folder / 'tasks.json.gz'}: cannot be read ({error}); make the folder again, data.py encode --out") from None
+    names = list(tasks) if names is None else names
     if missing := [name for name in names if name not in tasks]:
         raise InputError(f"--prepared {folder}: was made without task {missing[0]}; there are {', '.join(tasks) or 'none'}")
     return [tasks[name] for name in names]

@@ -29,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import DeviceTable, InputError, Task, add_source_flags, load_corpus, load_tasks, make_table, run_script, write_atomically
+from data import (DeviceTable, InputError, Task, add_source_flags, fingerprints, load_corpus, load_tasks, make_table, run_script,
+                  write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_recipe_flags, add_run_flags,
-                      choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, load_checkpoint, load_settings,
-                      load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting, settings_hash,
-                      short_memory_named, tokenizer_of, train, write_json)
+                      choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, kept_out_of, load_checkpoint,
+                      load_settings, load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting,
+                      settings_hash, short_memory_named, tokenizer_of, train, weights_hash, write_json)
 from tokenizer import ENTITIES, Parser, Tokenizer
 
 
@@ -121,7 +122,9 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
         config, recipe = dataclasses.replace(config, local_start=0.0), dataclasses.replace(recipe, token_lr=1.0, position_lr=1.0)
     config = dataclasses.replace(config, dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, pooling=recipe.pooling)
     start = load_checkpoint(checkpoint) if checkpoint else None
-    origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), start["step"]] if checkpoint and start else None
+    origin = None
+    if checkpoint and start:
+        origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), weights_hash(start["model"])]
     settings = {"kind": "finetune", "checkpoint": origin, "dtype": str(hardware.dtype), "config": dataclasses.asdict(config),
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": tokenizer.hash, "task": tables.task.name,
                 "classes": tables.task.classes, "rows": tables.hash}
@@ -223,8 +226,8 @@ def difference(first: Sequence[Sequence[np.ndarray]], second: Sequence[Sequence[
     low, high = mean - half, mean + half
     over = f"95 % t-interval over {len(values)} {'pre-training' if len(differences) > 1 else 'fine-tuning'} seeds"
     if len(values) == 1:
-        rows = np.random.default_rng(0).integers(0, len(differences[0][0]), (2_000, len(differences[0][0])))
-        low, high = np.percentile(differences[0][0][rows].mean(1), [2.5, 97.5])
+        rng, (one,) = np.random.default_rng(0), differences[0]
+        low, high = np.percentile([one[rng.integers(0, len(one), len(one))].mean() for _ in range(2_000)], [2.5, 97.5])
         over = "95 % bootstrap interval over test rows; one seed"
     return {"mean": 100 * mean, "low": 100 * float(low), "high": 100 * float(high), "over": over}
 
@@ -322,7 +325,8 @@ class Predictor:
         result = []
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
-            input_ids = torch.zeros(len(part), -(-max(map(len, part)) // 8) * 8, dtype=torch.long)
+            longest = min(-(-max(map(len, part)) // 8) * 8, self.max_length)
+            input_ids = torch.zeros(len(part), longest, dtype=torch.long)
             for row, text in zip(input_ids, part):
                 row[: len(text)] = torch.from_numpy(text.astype(np.int64))
             with self.hardware.autocast():
@@ -372,17 +376,27 @@ def starting_points(args: argparse.Namespace, tasks: list[Task]) -> dict[str, li
     for checkpoint in args.checkpoint:
         settings = load_settings(checkpoint, "pretrain")
         label = f"{settings['model']}-{settings_hash({k: v for k, v in settings.items() if k != 'seed'})[:4]}"
+        if any(other and load_settings(other, "pretrain") == settings for other, *_ in starts.get(label, ())):
+            raise InputError(f"--checkpoint {checkpoint}: the same model, text and seed as one before it; an interval is over other seeds")
         starts.setdefault(label, []).append((checkpoint, config_of(checkpoint), tokenizer_of(checkpoint)))
     if starts:
         return starts
     preset = PRETRAIN_PRESETS[args.preset]
+    width = args.width or preset.width
     tokenizer = load_corpus(args, tasks, preset.vocab_size, preset.max_length).tokenizer
     try:
-        config = named_config(args.model, args.width or preset.width, 0 if args.width else preset.heads, vocab_size=tokenizer.vocab_size,
+        config = named_config(args.model, width, preset.heads if width == preset.width else 0, vocab_size=tokenizer.vocab_size,
                               max_length=preset.max_length, norm=preset.norm)
     except ValueError as error:
         raise InputError(f"--width: {error}") from None
     return {args.model: [(None, config, tokenizer)]}
+
+
+def note_what_it_read(checkpoint: Path, task: Task) -> None:
+    """Says so where a pre-training run may have read test texts of the task: those of `topics` are articles."""
+    if risky := fingerprints([task]) - kept_out_of(checkpoint):
+        print(f"note: {len(risky)} test texts of {task.name} may be among the articles that {checkpoint.name} was trained on, which "
+              f"helps it; pretrain.py --task {task.name} with the same rows a class keeps them out", flush=True)
 
 
 def finetune_twins(task: Task, label: str, starts: list[Start], recipe: FinetuneRecipe, args: argparse.Namespace,
@@ -390,6 +404,8 @@ def finetune_twins(task: Task, label: str, starts: list[Start], recipe: Finetune
     """Fine-tune each start, and with --scratch its twin: finished runs of "pre-trained" and "from scratch", [start][fine-tuning seed]."""
     runs: dict[str, list[list[Path]]] = {}
     for checkpoint, config, tokenizer in starts:
+        if checkpoint:
+            note_what_it_read(checkpoint, task)
         tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
         for start in dict.fromkeys([checkpoint, None] if args.scratch else [checkpoint]):
             runs.setdefault("pre-trained" if start else "from scratch", []).append([
@@ -435,6 +451,10 @@ def main() -> None:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")
     recipe = chosen_recipe(args, PRESETS)
     print(hardware.reason, flush=True)
+    brought = ["articles", "wiki", "articles_count", "whole_articles", "arm", "width"]  # along, by a pre-training run
+    brought += ["tokenizer"] * all(not str(checkpoint).startswith("hf:") for checkpoint in args.checkpoint)
+    if given := [f"--{name.replace('_', '-')}" for name in brought if args.checkpoint and getattr(args, name)]:
+        print(f"note: {', '.join(given)}: without effect, a --checkpoint has its own text, tokenizer and shape", flush=True)
     args.checkpoint = [import_checkpoint(checkpoint, args.tokenizer, args.runs_dir) for checkpoint in args.checkpoint]
     tasks = load_tasks(args)
     starts = starting_points(args, tasks)

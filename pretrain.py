@@ -152,6 +152,8 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
     preset = presets[args.preset]
     given = {f.name: getattr(args, prefix + f.name) for f in dataclasses.fields(preset)
              if getattr(args, prefix + f.name) is not None}
+    if "epochs" in given:  # which a preset's number of steps would overrule
+        given.setdefault("steps", 0)
     return checked(dataclasses.replace(preset, **given), prefix)
 
 
@@ -232,12 +234,12 @@ def choose_hardware(device: str = "auto", dtype: str = "auto") -> Hardware:
         if local >= gpus:
             raise InputError(f"--nproc_per_node: this machine has {gpus} GPUs; start as many processes, or use --device cpu")
         device = f"cuda:{local}"
-        torch.cuda.set_device(local)
+    if ":" in device:
+        torch.cuda.set_device(device)
     if device.startswith("cuda"):
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         best, reason = ("bf16", "native on this GPU") if native else ("fp16", "this GPU has no bf16; loss scaling is on")
         name = torch.cuda.get_device_name(device)
-        torch.set_float32_matmul_precision("high")
     elif device == "cpu":
         has = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)() or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
         best, reason = ("bf16", "AVX512-BF16 or AMX found") if has else ("fp32", "no AVX512-BF16 or AMX: bf16 would be slower")
@@ -337,7 +339,7 @@ def result_record(settings: dict, seconds: float, **more) -> dict:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     machine = {"system": platform.platform(terse=True), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # there is one, and it was used
         machine["gpu"] = torch.cuda.get_device_name()
     git = None
     with contextlib.suppress(OSError):
@@ -378,7 +380,7 @@ class Run:
                 for left in self.folder.glob("*.tmp"):  # what a killed process had not finished writing
                     left.unlink(missing_ok=True)
             if self.fresh and rank() == 0:
-                for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
+                for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json", "kept-out.json"):
                     (self.folder / name).unlink(missing_ok=True)
             if (self.folder / "config.json").exists():
                 before = read_json(self.folder / "config.json")
@@ -481,6 +483,12 @@ def config_of(folder: Path, kind: str = "pretrain") -> BertConfig:
     """The shape of the model in a run folder."""
     with misfit_named(folder / "config.json"):
         return BertConfig(**load_settings(folder, kind)["config"])
+
+
+def kept_out_of(folder: Path) -> set[str]:
+    """Fingerprints (data.py) of the test texts that a pre-training run is known not to have read."""
+    path = folder / "kept-out.json"
+    return set(read_json(path, "kept_out")["kept_out"]) if path.exists() else set()
 
 
 def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:
@@ -632,15 +640,15 @@ def short_memory_named(folder: Path) -> Iterator[None]:
 
 def update_weights(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: torch.amp.GradScaler, clip: float) -> None:
     """One step of the optimizers with the gradients that are there (clip: their largest norm, 0 for any); none are left."""
+    overflow = False
     if clip:
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if scaler.is_enabled() and not norm.isfinite():  # the optimizers look for overflow each on their own
-            for p in model.parameters():
-                p.grad = None if p.grad is None else torch.zeros_like(p.grad)
+        overflow = scaler.is_enabled() and not norm.isfinite()
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        if not overflow:  # if only one optimizer's gradients have overflown, the other is not to step either
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
 
@@ -812,7 +820,7 @@ def count_embeddings(table: TokenTable, vocab_size: int, width: int, device: tor
     of_one = pairs.sum(1)
     expected = of_one**0.75  # p': a power below 1, so that rare tokens do not get the largest values
     information = pairs.div_(of_one[:, None]).div_(expected / expected.sum()).log_().nan_to_num_(0.0, neginf=0.0).clamp_(min=0.0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         vectors, values, _ = torch.svd_lowrank(information, q=min(vocab_size, width + 20), niter=4)
     vectors = (vectors * values.sqrt())[:, :width]
@@ -827,7 +835,8 @@ def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: to
     folder: keeps what was counted, for the next member of the committee.
     """
     V, C = model.config.vocab_size, model.config.width
-    path = folder / f"counts-{C}-{f'window-{window}-' if window else ''}{table.meta['texts_sha256'][:16]}.pt"
+    program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # whoever changes how it counts is not to get the old counts
+    path = folder / f"counts-{C}-{f'window-{window}-' if window else ''}{table.meta['texts_sha256'][:16]}-{program}.pt"
     with file_lock(path.with_suffix(".lock"), wait=True):  # of several processes, one counts
         if not path.exists():
             with write_atomically(path) as file:
@@ -891,11 +900,11 @@ def unigram_loss(train: TokenTable, held_out: TokenTable, vocab_size: int) -> fl
 def held_out_loss(model: Callable, table: DeviceTable, vocab_size: int, hardware: Hardware) -> dict[str, float]:
     """MLM loss (nats) and accuracy on the held-out articles, always at 15 % and always with the same masks."""
     order = np.argsort(table.lengths, kind="stable")
-    generator = torch.Generator(hardware.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the CPU's, on any device
     total, correct, count = 0.0, 0, 0
     for start in range(0, len(order), 64):
         input_ids = table.batch(order[start : start + 64])
-        masked, positions, labels = mask_tokens(input_ids, vocab_size, generator=generator)
+        masked, positions, labels = (t.to(hardware.device) for t in mask_tokens(input_ids.cpu(), vocab_size, generator=generator))
         with hardware.autocast():
             logits = model(masked, positions).float()
         total += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -924,6 +933,8 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 "articles": corpus.train.meta["texts_sha256"], "held_out": corpus.held_out.meta["texts_sha256"]}
     folder = runs_dir / "pretrain" / (name or f"{model_name}-seed{seed}-{settings_hash(settings)}")
     with Run(folder, settings, corpus.tokenizer, fresh, wait) as run, short_memory_named(folder):
+        if rank() == 0 and not corpus.kept_out <= (noted := kept_out_of(folder)):  # the same articles: what either kept out is in neither
+            write_json(folder / "kept-out.json", {"kept_out": sorted(noted | corpus.kept_out)})
         if run.results:
             return folder
         torch.manual_seed(seed)
@@ -988,6 +999,13 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
 
 def settings_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def weights_hash(weights: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, t in sorted(weights.items()):
+        digest.update(name.encode() + t.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_pretrained(folder: Path) -> tuple[BertConfig, dict[str, Tensor], Tokenizer]:
@@ -1175,12 +1193,9 @@ def import_checkpoint(checkpoint: Path, tokenizer_file: Path | None, runs_dir: P
         print(f"note: {folder} was trained with another tokenizer than {tokenizer_file}: its embedding rows belong to other "
               "tokens, so only its layers bring knowledge along", flush=True)
     weights = {name: t for name, t in weights.items() if not name.startswith(("pooler.", "output."))}  # of a classifier
-    digest = hashlib.sha256()
-    for name, t in sorted(weights.items()):
-        digest.update(name.encode() + t.contiguous().numpy().tobytes())
     label = f"hf-{folder.resolve().name}"
     settings = {"kind": "pretrain", "model": label, "config": dataclasses.asdict(config), "seed": 0, "tokenizer": tokenizer.hash,
-                "weights": digest.hexdigest()}
+                "weights": weights_hash(weights)}
     run_folder = runs_dir / "pretrain" / f"{label}-{settings_hash(settings)}"
     with Run(run_folder, settings, tokenizer):
         if not (run_folder / "last.pt").exists():

@@ -4,7 +4,7 @@ Choices are made with this, so it never sees a test row: it classifies further *
 rows) are kept out of the pre-training articles where the task's texts are articles themselves. Resumable; a finished run is reused.
 
     python results/ablate.py --out results/recipe-ablation.json                                  the embedded default, BERT-1
-    python results/ablate.py --model bert-6 --seeds 1 --out results/recipe-ablation-bert-6.json
+    python results/ablate.py --model bert-6 --seeds 1 --out results/recipe-bert-6-ablation.json
     python results/ablate.py --task fewrel --articles 'wiki*.jsonl.gz' --articles-count 20000 --min-class-size 694 --raw-dir DIR --out ...
     python results/ablate.py --arms '{"mask 40 %": {"mask_rate": 0.4}}' --out ...                recipes of your own, on top of quick
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import (Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, read_task, run_script, sample_task,  # noqa: E402
                   text_key)
-from finetune import PRESETS as FINETUNE, TaskTables, check_task, finetune, points, twin_seed  # noqa: E402
+from finetune import PRESETS as FINETUNE, TaskTables, check_task, finetune, note_what_it_read, points, twin_seed  # noqa: E402
 from model import MODELS  # noqa: E402
 from pretrain import (PRESETS, add_run_flags, break_step, checked, choose_hardware, load_pretrained, number, pretrain,  # noqa: E402
                       read_json, read_log, result_record, write_json)
@@ -61,7 +61,7 @@ def changed(preset, changes: object, flag: str):
         if name not in known or not isinstance(value, (known[name], int) if known[name] is float else known[name]):
             raise InputError(f"{flag}: {name}: {value!r} is no setting; there are "
                              + ", ".join(f"{n} ({t.__name__})" for n, t in known.items()))
-    return checked(dataclasses.replace(preset, **changes))
+    return checked(dataclasses.replace(preset, **({"steps": 0} if "epochs" in changes else {}), **changes))
 
 
 def break_seconds(run: Path) -> float | None:
@@ -108,6 +108,7 @@ def main() -> None:
                 run = pretrain(args.model, recipe, corpora[size], seed, args.runs_dir, hardware, name=own, fresh=args.fresh,
                                compiled=args.compile, wait=True)
             pretraining = read_json(run / "results.json")
+            note_what_it_read(run, task)
             config, _, tokenizer = load_pretrained(run)
             tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
             for ft_name, ft_recipe in ft_recipes.items():

@@ -94,6 +94,46 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     assert [json.loads(line) for line in shown.stdout.decode("utf-8").splitlines()] == answers  # whatever the terminal's encoding
 
 
+def test_any_max_length(material: Path) -> None:
+    """Texts are padded to multiples of 8, but never to more than a model has positions."""
+    common = [*sources(material), "--max-length", "13"]
+    out = run("committee.py", *common, "--task-file", material / "train.csv", material / "test.csv", "--members", "2", "--deep", "none")
+    assert "committee of 2" in out
+    trained = next((material / "runs/finetune").glob("train-bert-1-*-*"))
+    assert json.loads((trained / "config.json").read_text(encoding="utf-8"))["config"]["max_length"] == 13
+    assert '"label"' in run("finetune.py", "--predict", "a river of france and a city of japan " * 9, trained)
+
+
+def test_test_texts_that_a_run_may_have_read_are_told(material: Path) -> None:
+    common = ["--preset", "smoke", "--raw-dir", material / "raw", "--runs-dir", material / "runs-kept", "--task", "topics"]
+    few, many, none = ["--test-per-class", "4"], ["--test-per-class", "8"], ["--no-scratch", "--steps", "2"]
+    for name, flags in (("few", few), ("other", ["--task", "fewrel", "--test-per-class", "4", "--train-per-class", "5"])):
+        run("pretrain.py", *common, *flags, "--name", name, "--steps", "2")
+    told = {(name, rows[1]): re.findall(r"note: (\d+) test texts of topics may be", run(
+        "finetune.py", *common, *rows, *none, "--checkpoint", material / "runs-kept/pretrain" / name))
+        for name, rows in (("few", few), ("few", many), ("other", few))}
+    assert told[("few", "4")] == [] and told[("other", "4")] == ["12"] and 0 < int(told[("few", "8")][0]) <= 24
+    run("pretrain.py", *common, *many, "--name", "few", "--steps", "2", "--fresh")
+    assert "may be" not in run("finetune.py", *common, *many, *none, "--checkpoint", material / "runs-kept/pretrain/few")
+
+
+def test_a_checkpoint_is_known_by_its_weights(material: Path) -> None:
+    """Trained again with changed code under the same name, it is another start; named twice, no second seed."""
+    folder = material / "runs/pretrain/weights"
+    run("pretrain.py", *sources(material), "--name", "weights", "--steps", "2")
+    def tested() -> set[Path]:
+        out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", "--steps", "2")
+        assert "note: --articles: without effect" in out
+        return set((material / "runs/finetune").glob("train-weights-*"))
+    assert len(before := tested()) == 1 and tested() == before
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    saved["model"]["norm.bias"] += 1
+    torch.save(saved, folder / "last.pt")
+    assert len(tested()) == 2
+    twice = run("finetune.py", *sources(material), "--checkpoint", folder, folder, "--task-file", material / "train.csv", status=2)
+    assert "the same model, text and seed" in twice
+
+
 def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
     out = run("finetune.py", *sources(material), "--model", "bert-1", "--task-file", material / "train.csv", material / "test.csv",
               "--epochs", "15", "--pooling", "mean")
@@ -164,7 +204,7 @@ def test_embedded_default_from_the_raw_folder(material: Path) -> None:
                  "--train-per-class", "5", "--test-per-class", "6", "--members", "2", "--jobs", jobs) for jobs in ("1", "2")]
     assert "topics: 3 classes" in shown[0] and "next, on the paper's data" in shown[0] and "2 processes" in shown[1]
     tables = [re.search(r"^topics: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in shown]
-    assert tables[0] == tables[1]
+    assert tables[0] == tables[1] and not any("may be among" in text for text in shown)
 
 
 def test_committee_without_a_deep_model(material: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -19,11 +20,12 @@ import torch
 import pretrain as pretraining
 from committee import SoftCommittee
 from data import Corpus, DeviceTable, InputError, TokenTable, make_table
+from finetune import difference
 from material import articles, small_tokenizer
-from model import Classifier, ConvStem, MaskedLM, named_config
-from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, count_embeddings, count_neighbours, held_out_loss, ids_with_masks,
-                      load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise, plot_losses, pretrain, sample_pieces,
-                      schedule, show_forward_pass, start_from_counts, unigram_loss)
+from model import BertConfig, Classifier, ConvStem, MaskedLM, named_config
+from pretrain import (PRESETS, Hardware, Muon, Optimisation, PretrainRecipe, break_step, chosen_recipe, count_embeddings, count_neighbours,
+                      held_out_loss, ids_with_masks, load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise,
+                      plot_losses, pretrain, sample_pieces, schedule, show_forward_pass, start_from_counts, unigram_loss, update_weights)
 from tokenizer import CLS, FIRST_PIECE, MASK
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "test")
@@ -117,6 +119,40 @@ def test_schedule() -> None:
     assert schedule(Optimisation(), 0, 100, 10) == 1.0
     faulty = [schedule(Optimisation(fault_schedule=True), s, 100, 10) for s in range(100)]
     assert faulty[:10] == [0.0] * 10 and faulty[10:20] == [1.0] * 10 and faulty[90] == pytest.approx(1 / 9)
+
+
+def test_epochs_are_not_overruled_by_a_presets_steps() -> None:
+    args = {f.name: None for f in dataclasses.fields(PretrainRecipe)} | {"preset": "quick"}
+    assert chosen_recipe(argparse.Namespace(**args), PRESETS).steps == 300
+    assert chosen_recipe(argparse.Namespace(**args | {"epochs": 2}), PRESETS).steps == 0
+    assert chosen_recipe(argparse.Namespace(**args | {"epochs": 2, "steps": 7}), PRESETS).steps == 7
+
+
+def test_an_overflow_stops_both_optimizers() -> None:
+    """With a loss scale: one infinite gradient, and neither AdamW's nor Muon's parameters move."""
+    model = MaskedLM(BertConfig(vocab_size=30, layers=1, width=64, heads=1, max_length=8))
+    optimizers = make_optimizers(model, PRESETS["quick"])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    for infinite in (True, False):
+        scaler.scale(model(torch.full((1, 8), 9), torch.arange(3)).sum()).backward()
+        if infinite:
+            model.bias.grad[3] = torch.inf
+        update_weights(model, optimizers, scaler, 1.0)
+        moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+        assert bool(moved) is not infinite and scaler.get_scale() == 4.0
+    assert {"bias", "bert.layers.0.mlp_in.weight"} <= moved
+
+
+def test_the_bootstrap_interval() -> None:
+    """Of one pair of models: resampled rows, all at once here and a sample at a time there; and about the normal approximation's."""
+    rng = np.random.default_rng(1)
+    first, second = (rng.random(1_101) < 0.7).astype(float), (rng.random(1_101) < 0.5).astype(float)
+    d, found = first - second, difference([[first]], [[second]])
+    rows = np.random.default_rng(0).integers(0, len(d), (2_000, len(d)))
+    assert [found["low"], found["high"]] == pytest.approx(list(100 * np.percentile(d[rows].mean(1), [2.5, 97.5])), abs=1e-9)
+    half = 196 * d.std() / len(d) ** 0.5
+    assert [found["low"], found["high"]] == pytest.approx([found["mean"] - half, found["mean"] + half], abs=0.4)
 
 
 def test_orthogonalise_keeps_singular_vectors() -> None:
