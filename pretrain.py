@@ -488,7 +488,10 @@ def config_of(folder: Path, kind: str = "pretrain") -> BertConfig:
 def kept_out_of(folder: Path) -> set[str]:
     """Fingerprints (data.py) of the test texts that a pre-training run is known not to have read."""
     path = folder / "kept-out.json"
-    return set(read_json(path, "kept_out")["kept_out"]) if path.exists() else set()
+    found = read_json(path, "kept_out")["kept_out"] if path.exists() else []
+    if not isinstance(found, list):
+        raise InputError(f"{path}: holds no list; without this file all test texts count as read")
+    return set(map(str, found))
 
 
 def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:

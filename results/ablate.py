@@ -61,7 +61,7 @@ def changed(preset, changes: object, flag: str):
         if name not in known or not isinstance(value, (known[name], int) if known[name] is float else known[name]):
             raise InputError(f"{flag}: {name}: {value!r} is no setting; there are "
                              + ", ".join(f"{n} ({t.__name__})" for n, t in known.items()))
-    return checked(dataclasses.replace(preset, **({"steps": 0} if "epochs" in changes else {}), **changes))
+    return checked(dataclasses.replace(preset, **{**({"steps": 0} if "epochs" in changes else {}), **changes}))
 
 
 def break_seconds(run: Path) -> float | None:
