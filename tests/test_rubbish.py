@@ -25,7 +25,7 @@ import data
 from data import (InputError, iterate_pages, load_table, make_table, opening_text, prepared_tasks, read_article_file, read_dump, read_task,
                   read_task_files, sample_task, vital_extracts)
 from material import COUNT, articles, record_reliability, small_tokenizer, write_raw_folder, write_task_file
-from pretrain import read_json
+from pretrain import kept_out_of, read_json
 from tokenizer import Tokenizer, run_script
 
 QUICK = settings(max_examples=60, deadline=10_000, suppress_health_check=list(HealthCheck))
@@ -48,6 +48,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_table([a["text"] for a in texts], tokenizer, 16, folder / "t", "x")
     shutil.copytree(next((folder / "t").glob("x-*")), folder / "table")
     (folder / "record.json").write_text(json.dumps({"kind": "pretrain", "seed": 1}), encoding="utf-8")
+    (folder / "kept-out.json").write_text(json.dumps({"kept_out": ["a", "b"]}), encoding="utf-8")
     (folder / "tasks.json.gz").write_bytes(gzip.compress(json.dumps(
         [{"name": "x", "classes": ["a", "b"], "train": [["t", 0]], "test": [["u", 1]], "note": ""}]).encode()))
     (folder / "streams.jsonl").write_text(json.dumps({"offset": 1, "articles": [{"title": "a", "text": "b"}]}) + "\n", encoding="utf-8")
@@ -75,6 +76,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "table/offsets.npy": lambda path: load_table(path.parent),
     "table/tokens.bin": lambda path: load_table(path.parent),
     "record.json": lambda path: read_json(path, "kind"),
+    "kept-out.json": lambda path: kept_out_of(path.parent),
     "tasks.json.gz": lambda path: prepared_tasks(path.parent, ["x"]),
     "streams.jsonl": lambda path: data._cached_streams(path),
 }
