@@ -262,7 +262,7 @@ def test_the_deep_model_has_its_own_time(material: Path) -> None:
     run("committee.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv", "--members", "1", "--steps", "3",
         "--deep-time-budget", "0.1", "--out", kept)
     steps = {name[:6]: trained["steps"] for name, trained in json.loads(kept.read_text(encoding="utf-8"))["pretraining"].items()}
-    assert steps["bert-1"] == 3 < steps["bert-6"]
+    assert steps["bert-1"] == 3 and steps["bert-6"] > 20
 
 
 def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
