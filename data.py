@@ -1152,6 +1152,12 @@ def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, lik
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def padded_length(longest: int, most: float) -> int:
+    """To how many tokens a batch is padded: its longest text's, rounded up to 8 so that shapes come again, but to `most`, a model's
+    positions, at the most."""
+    return int(min(-(-longest // 8) * 8, most))
+
+
 class DeviceTable:
     """A token table on the training device, from which batches are cut without touching the disk or the host."""
 
@@ -1162,8 +1168,8 @@ class DeviceTable:
         self.device = device
 
     def batch(self, texts: np.ndarray) -> Tensor:
-        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: the longest, rounded up to 8, or the table's max_length."""
-        T = int(min(-(-int(self.lengths[texts].max()) // 8) * 8, self.most))
+        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length."""
+        T = padded_length(int(self.lengths[texts].max()), self.most)
         span = np.stack([self.offsets[texts], self.lengths[texts]])
         start, length = torch.from_numpy(span).to(self.device)[:, :, None]  # each (B, 1)
         column = torch.arange(T, device=self.device)

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (DeviceTable, InputError, Task, add_source_flags, fingerprints, load_corpus, load_tasks, make_table, run_script,
-                  write_atomically)
+from data import (DeviceTable, InputError, Task, add_source_flags, fingerprints, load_corpus, load_tasks, make_table, padded_length,
+                  run_script, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_recipe_flags, add_run_flags,
                       choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, kept_out_of, load_checkpoint,
@@ -325,8 +325,7 @@ class Predictor:
         result = []
         for start in range(0, len(ids), batch_size):
             part = ids[start : start + batch_size]
-            longest = min(-(-max(map(len, part)) // 8) * 8, self.max_length)
-            input_ids = torch.zeros(len(part), longest, dtype=torch.long)
+            input_ids = torch.zeros(len(part), padded_length(max(map(len, part)), self.max_length), dtype=torch.long)
             for row, text in zip(input_ids, part):
                 row[: len(text)] = torch.from_numpy(text.astype(np.int64))
             with self.hardware.autocast():
@@ -373,11 +372,13 @@ def starting_points(args: argparse.Namespace, tasks: list[Task]) -> dict[str, li
     """What is fine-tuned: the runs of --checkpoint by label (those that differ in their seeds alone are one row of the table), or,
     where there are none, --model from scratch."""
     starts: dict[str, list[Start]] = {}
+    read: list[dict] = []
     for checkpoint in args.checkpoint:
         settings = load_settings(checkpoint, "pretrain")
         label = f"{settings['model']}-{settings_hash({k: v for k, v in settings.items() if k != 'seed'})[:4]}"
-        if any(other and load_settings(other, "pretrain") == settings for other, *_ in starts.get(label, ())):
+        if settings in read:
             raise InputError(f"--checkpoint {checkpoint}: the same model, text and seed as one before it; an interval is over other seeds")
+        read.append(settings)
         starts.setdefault(label, []).append((checkpoint, config_of(checkpoint), tokenizer_of(checkpoint)))
     if starts:
         return starts

@@ -152,8 +152,13 @@ def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
     preset = presets[args.preset]
     given = {f.name: getattr(args, prefix + f.name) for f in dataclasses.fields(preset)
              if getattr(args, prefix + f.name) is not None}
+    return laid_over(preset, given, prefix)
+
+
+def laid_over(preset, given: dict, prefix: str = ""):
+    """A preset with other values for some of its settings. Raises InputError for impossible ones."""
     if "epochs" in given:  # which a preset's number of steps would overrule
-        given.setdefault("steps", 0)
+        given = {"steps": 0, **given}
     return checked(dataclasses.replace(preset, **given), prefix)
 
 

@@ -27,7 +27,7 @@ from data import (Corpus, InputError, Task, add_source_flags, load_corpus, load_
                   text_key)
 from finetune import PRESETS as FINETUNE, TaskTables, check_task, finetune, note_what_it_read, points, twin_seed  # noqa: E402
 from model import MODELS  # noqa: E402
-from pretrain import (PRESETS, add_run_flags, break_step, checked, choose_hardware, load_pretrained, number, pretrain,  # noqa: E402
+from pretrain import (PRESETS, add_run_flags, break_step, choose_hardware, laid_over, load_pretrained, number, pretrain,  # noqa: E402
                       read_json, read_log, result_record, write_json)
 from variants import VARIANTS, replaced  # noqa: E402
 
@@ -61,7 +61,7 @@ def changed(preset, changes: object, flag: str):
         if name not in known or not isinstance(value, (known[name], int) if known[name] is float else known[name]):
             raise InputError(f"{flag}: {name}: {value!r} is no setting; there are "
                              + ", ".join(f"{n} ({t.__name__})" for n, t in known.items()))
-    return checked(dataclasses.replace(preset, **{**({"steps": 0} if "epochs" in changes else {}), **changes}))
+    return laid_over(preset, changes)
 
 
 def break_seconds(run: Path) -> float | None:
