@@ -1158,6 +1158,11 @@ def padded_length(longest: int, most: float) -> int:
     return int(min(-(-longest // 8) * 8, most))
 
 
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """The array as a tensor there. A CUDA GPU's host does not wait until what it asked for before is done, as .to() alone would have it."""
+    return torch.from_numpy(x).to(device, non_blocking=device.type == "cuda")
+
+
 class DeviceTable:
     """A token table on the training device, from which batches are cut without touching the disk or the host."""
 
@@ -1167,11 +1172,11 @@ class DeviceTable:
         self.offsets, self.lengths = table.offsets, table.lengths
         self.device = device
 
-    def batch(self, texts: np.ndarray) -> Tensor:
-        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length."""
-        T = padded_length(int(self.lengths[texts].max()), self.most)
-        span = np.stack([self.offsets[texts], self.lengths[texts]])
-        start, length = torch.from_numpy(span).to(self.device)[:, :, None]  # each (B, 1)
+    def batch(self, texts: np.ndarray, fixed: bool = False) -> Tensor:
+        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length. fixed: as long as the longest text of
+        the whole table needs it, so that one compiled program fits every batch."""
+        T = padded_length(int((self.lengths if fixed else self.lengths[texts]).max()), self.most)
+        start, length = to_device(np.stack([self.offsets[texts], self.lengths[texts]]), self.device)[:, :, None]  # each (B, 1)
         column = torch.arange(T, device=self.device)
         index = (start + column).clamp_(max=len(self.tokens) - 1)
         return torch.where(column < length, self.tokens[index], PAD).long()

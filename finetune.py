@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (DeviceTable, InputError, Task, add_source_flags, fingerprints, load_corpus, load_tasks, make_table, padded_length,
-                  run_script, write_atomically)
+                  run_script, to_device, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_recipe_flags, add_run_flags,
                       choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, kept_out_of, load_checkpoint,
@@ -139,7 +139,14 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             load_weights(model.bert, {k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")}, checkpoint)
         # Exercise: train the classifier's head alone (requires_grad_(False) for model.bert). How much of the gap is left?
         model.to(hardware.device)
-        forward = maybe_compile(model, compiled)
+        fixed = compiled and not recipe.micro_batch  # all batches of one shape: see maybe_compile
+
+        def summed_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
+            with hardware.autocast():
+                logits = model(input_ids)
+            return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+        of_part = maybe_compile(summed_loss, compiled, fixed)
         batches = Batches(tables.train.lengths, recipe, seed)
         steps = recipe.steps or max(recipe.epochs * batches.per_epoch, recipe.min_steps)
 
@@ -149,10 +156,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             part = recipe.micro_batch or len(rows)
             for start in range(0, len(rows), part):
                 texts = rows[start : start + part]
-                with hardware.autocast():
-                    logits = forward(tables.train.batch(texts))
-                labels = tables.train_labels[torch.from_numpy(texts).to(hardware.device)]
-                loss = F.cross_entropy(logits.float(), labels, reduction="sum") / len(rows)
+                loss = of_part(tables.train.batch(texts, fixed), tables.train_labels[to_device(texts, hardware.device)]) / len(rows)
                 backward(loss)
                 total += loss.detach()
             return total, int(tables.train.lengths[rows].sum())

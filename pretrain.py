@@ -280,12 +280,19 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fresh", action="store_true", help="start again where a run folder has other settings, or is finished")
 
 
-def maybe_compile(model: nn.Module, wanted: bool) -> Callable:
-    """The compiled model, where that is wanted and can be done, else the model itself."""
+def maybe_compile(function: Callable, wanted: bool, fixed: bool = False) -> Callable:
+    """The compiled function or model, where that is wanted and can be done, else itself.
+
+    fixed: the shapes of its tensors hardly ever change. Then it is compiled for each, and a GPU replays all its kernels as one CUDA graph,
+    where the host would have to start them one by one, which takes longer than a small model's arithmetic.
+    """
     if wanted and not (shutil.which("g++") or shutil.which("cl") or shutil.which("clang++")):
         print("note: --compile needs a C++ compiler and none was found; going on without", file=sys.stderr)
         wanted = False
-    return torch.compile(model, dynamic=True) if wanted else model
+    if not wanted:
+        return function
+    torch.compiler.reset()  # forget what an earlier run compiled: of one function only so many versions are kept
+    return torch.compile(function, dynamic=False, mode="reduce-overhead") if fixed else torch.compile(function, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------- several processes
@@ -859,24 +866,36 @@ def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: to
 
 # ------------------------------------------------------------------------------------- masked language modelling
 def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float = 0.15, generator: torch.Generator | None = None,
-                special_replacements: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+                special_replacements: bool = False, most: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """BERT's masking: each ordinary token is chosen with probability `rate`; of the chosen, 80 % become [MASK], 10 %
     another token drawn at random, 10 % stay. One uniform draw decides both.
 
     input_ids: (B, T) -> masked ids (B, T), positions (M,) into the flattened batch, labels (M,). No special token is
     chosen, and none inserted (unless special_replacements, the authors' fault).
+
+    most: above 0, M is this number, however many were chosen: the host of a GPU needs not wait to learn it, and shapes stay the same.
+    Of more than that, the last are left as they are; where there are fewer, position 0, a [CLS], fills up, with the label -100.
     """
     # Exercise: choose whole words, all pieces of one together. The loss rises; is the model a better start for a classifier?
     draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
     chosen = (draw < rate) & (input_ids >= FIRST_PIECE)
-    positions = chosen.flatten().nonzero().squeeze(1)  # (M,)
-    flat = input_ids.flatten()
+    flat, chosen = input_ids.flatten(), chosen.flatten()
+    positions = (chosen.nonzero_static(size=most, fill_value=0) if most else chosen.nonzero()).squeeze(1)  # (M,)
     labels = flat[positions]
     share = draw.flatten()[positions] / rate  # uniform in [0, 1) once more, given that the token was chosen
     random_ids = torch.randint(0 if special_replacements else FIRST_PIECE, vocab_size, labels.shape, generator=generator,
                                device=input_ids.device)
     replacement = torch.where(share < 0.8, MASK, torch.where(share < 0.9, random_ids, labels))
+    if most:
+        ordinary = labels >= FIRST_PIECE
+        replacement, labels = torch.where(ordinary, replacement, labels), torch.where(ordinary, labels, -100)
     return flat.index_put((positions,), replacement).view_as(input_ids), positions, labels
+
+
+def most_masked(tokens: int, rate: float) -> int:
+    """How many of so many tokens are chosen at the most, but for one batch in a million: the mean and five standard deviations,
+    in multiples of 64."""
+    return -(-math.ceil(tokens * rate + 5 * math.sqrt(tokens * rate * (1 - rate))) // 64) * 64
 
 
 def sample_pieces(labels: Tensor, vocab_size: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -950,7 +969,9 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         if recipe.count_start and not (folder / "last.pt").exists():  # a checkpoint holds all that would be counted again
             start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables", recipe.count_window)
         model.to(hardware.device)
-        forward = maybe_compile(DistributedDataParallel(model) if world_size() > 1 else model, compiled)
+        answered: Callable = DistributedDataParallel(model) if world_size() > 1 else model
+        # Where all parts of all batches have one shape, a GPU's host never waits for it and a compiled step is one graph
+        fixed = (compiled or hardware.device.type == "cuda") and not recipe.head_sample and not recipe.micro_batch and world_size() == 1
         train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)
         batches = Batches(corpus.train.lengths, recipe, seed)
         steps = recipe.steps or recipe.epochs * batches.per_epoch
@@ -959,11 +980,19 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         print(f"{folder.name}: {count_parameters(model) / 1e6:.2f} M parameters, {length}, {recipe.batch_size} texts a step; "
               f"unigram baseline {unigram:.3f} nats", flush=True)
 
+        def summed_loss(masked: Tensor, asked: Tensor, answers: Tensor, pieces: Tensor | None, growth: Tensor | None) -> Tensor:
+            with hardware.autocast():
+                logits = answered(masked, asked, pieces).float()  # (M, V) or (M, K); the copy in bf16 is dropped at once
+            return F.cross_entropy(logits if growth is None else logits + growth, answers, reduction="sum")  # passes over labels of -100
+
+        of_part = maybe_compile(summed_loss, compiled, fixed)
+
         def gradients(step: int, backward: Callable[[Tensor], None]) -> tuple[Tensor, int]:
-            input_ids = train_table.batch(batches[step])
-            masked, positions, labels = mask_tokens(input_ids, vocab_size, recipe.mask_rate,
-                                                    special_replacements=recipe.fault_special)
-            pieces = None
+            input_ids = train_table.batch(batches[step], fixed and compiled)
+            masked, positions, labels = mask_tokens(input_ids, vocab_size, recipe.mask_rate, special_replacements=recipe.fault_special,
+                                                    most=most_masked(input_ids.numel(), recipe.mask_rate) if fixed else 0)
+            number = (labels >= 0).sum().clamp(min=1)
+            pieces = growth = None
             if 0 < recipe.head_sample < vocab_size:
                 pieces, growth, labels = sample_pieces(labels, vocab_size, recipe.head_sample)
             if rank():  # all ranks have drawn the masks of the whole batch; from here on each draws its own dropout
@@ -978,17 +1007,11 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 if part < rows:
                     inside = (positions >= start * T) & (positions < stop * T)
                 asked, answers = positions[inside] - start * T, labels[inside]
-                # A matrix product of a new shape is slow the first time (on a CPU), so the shapes are to come again: some positions
-                # more, whose label cross_entropy passes over
+                # A matrix product of a new shape is slow the first time (on a CPU), so the shapes are to come again: some positions more
                 more = -len(asked) % 64
                 asked, answers = F.pad(asked, (0, more)), F.pad(answers, (0, more), value=-100)
-                with hardware.autocast():
-                    logits = forward(masked[start:stop], asked, pieces).float()  # (M, V) or (M, K); the copy in bf16 is dropped at once
-                if pieces is not None:
-                    logits += growth
                 # each part weighs as many masked tokens as it has: an exact split
-                loss = F.cross_entropy(logits, answers, reduction="sum") / max(1, len(labels))
-                del logits
+                loss = of_part(masked[start:stop], asked, answers, pieces, growth) / number
                 backward(loss * world_size())  # DistributedDataParallel takes the mean over the ranks, this is to be the sum
                 total += loss.detach()
             if world_size() > 1:

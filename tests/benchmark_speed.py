@@ -10,6 +10,7 @@ same run, over the operations that a token needs with the vocabulary head on mas
     python tests/benchmark_speed.py --task fewrel --articles 'data/wikipedia/*.jsonl.gz' --articles-count 90000 --raw-dir data
     python tests/benchmark_speed.py --grow                                     how cost grows; results/speed-growth-....json
     python tests/benchmark_speed.py --profile                                  where a step's time goes; results/speed-profile-....json
+    python tests/benchmark_speed.py --together                                 K members in one batched pass; results/speed-together-....json
 """
 
 from __future__ import annotations
@@ -33,20 +34,23 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from committee import SoftCommittee, measure_latency  # noqa: E402
-from data import (Corpus, InputError, Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table,  # noqa: E402
+from data import (Corpus, DeviceTable, InputError, Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table,  # noqa: E402
                   pretraining_articles, run_script)
 from finetune import PRESETS as FINETUNE_PRESETS, TaskTables, finetune, predict_logits  # noqa: E402
-from model import MODELS, Classifier, MaskedLM, count_operations, count_parameters, named_config  # noqa: E402
-from pretrain import PRESETS, Hardware, PretrainRecipe, choose_hardware, pretrain, result_record, write_json  # noqa: E402
+from model import MODELS, BertConfig, Classifier, MaskedLM, count_operations, count_parameters, named_config  # noqa: E402
+from pretrain import (PRESETS, Hardware, PretrainRecipe, choose_hardware, keep_freed_memory, mask_tokens, maybe_compile,  # noqa: E402
+                      most_masked, pretrain, result_record, write_json)
 from reference_recipe import Reference, build, classification_step, make_optimizer, padded, training_step  # noqa: E402
 from tokenizer import PAD  # noqa: E402
 
 PAPER, QUICK, LENGTH = PRESETS["paper"], PRESETS["quick"], 128
+PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # of dense bf16 products a second, by NVIDIA's data sheets (SXM)
 Rates = list[float]
 
 
@@ -147,13 +151,15 @@ class Theirs:
 
     def timed(self, steps: int, step: Callable[[np.ndarray], Tensor], unit: int) -> Rates:
         rates, B = [], self.reference.batch_size
+        together = 10 if self.device.type == "cuda" else 1  # steps, so that a GPU's host may run ahead, as ours does
         with self.autocast():
             step(np.arange(B))  # warm-up
-        for i in range(steps):
+        for _ in range(max(1, steps // together)):
             start = synchronised(self.device)
-            with self.autocast():
-                step(np.arange(i * B, (i + 1) * B))
-            rates.append(B * unit / (synchronised(self.device) - start))
+            for i in range(together):
+                with self.autocast():
+                    step(np.arange(i * B, (i + 1) * B))
+            rates.append(together * B * unit / (synchronised(self.device) - start))
         return rates
 
     def pretraining(self, steps: int) -> Rates:
@@ -269,9 +275,15 @@ def row(name: str, unit: str, ours: Rates | float, reference: Rates | float, tar
     return record
 
 
+def operations_of_a_token(config: BertConfig) -> float:
+    """Floating-point operations of a training step, the vocabulary head working on masked positions only, for each of its tokens."""
+    return 3 * count_operations(config, LENGTH, masked=round(0.15 * LENGTH)) / LENGTH
+
+
 def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -> list[dict]:
     V, hardware, cuda = bench.corpus.tokenizer.vocab_size, bench.hardware, bench.hardware.device.type == "cuda"
-    steps, rows, rate = (20 if cuda else 1 if quick else 2), [], matrix_product_rate(hardware)
+    steps, rows, rate = (300 if cuda else 1 if quick else 2), [], matrix_product_rate(hardware)
+    peak = next((peak for name, peak in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), 0.0)
     print(f"{hardware.reason}; matrix products: {rate / 1e9:.0f} GFLOP/s\n{'':58}{'ours':>12}{'reference':>12} {'unit':9}{'ratio':>8}{'target':>8}")
 
     def against(name: str, unit: str, ours: Callable[[], Rates], theirs: Callable[[], Rates], target: float, **more) -> None:
@@ -279,13 +291,22 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
         rows.append(row(name, unit, our_rates, their_rates, target, **memory, **more))
 
     for model, target in (("bert-6", 3.7), ("bert-1", 7.0)):
-        limit = rate / (3 * count_operations(named_config(model, PAPER.width, vocab_size=V), LENGTH, masked=round(0.15 * LENGTH)) / LENGTH)
+        operations = operations_of_a_token(named_config(model, PAPER.width, vocab_size=V))
+        limit = rate / operations
         against(f"pre-training step, paper's {model}, 32 x 128, dropout 0.1", "tokens/s", partial(our_pretraining, bench, model, PAPER, 4 * steps, cuda),
                 partial(their_pretraining, bench, Reference(layers=MODELS[model][0], vocab_size=V), steps), target, limit=limit)
-        rows[-1]["share_of_limit"] = rows[-1]["ours"] / limit
-        print(f"    {100 * rows[-1]['share_of_limit']:.0f} % of the limit of {limit:.0f} tokens/s")
+        step = rows[-1]
+        step["share_of_limit"] = step["ours"] / limit
+        print(f"    {100 * step['share_of_limit']:.0f} % of the limit of {limit:.0f} tokens/s")
         if model == "bert-6":
-            rows.append(row("    its peak memory", "GB", rows[-1]["ours_memory_gb"], rows[-1]["reference_memory_gb"], 1 / 0.6))
+            rows.append(row("    its peak memory", "GB", step["ours_memory_gb"], step["reference_memory_gb"], 1 / 0.6))
+        if model == "bert-6" and peak:
+            rows.append(row("    the paper's whole pre-training, 576 M tokens", "minutes", 50 * 90_000 * LENGTH / step["ours"] / 60, 10.0, 1.0,
+                            reference_is="the target"))
+            large, _ = apart(partial(our_pretraining, bench, model, replace(PAPER, batch_size=256), steps, True))
+            for texts, rates, least in ((32, step["ours"], 0.3), (256, large, 0.45)):
+                rows.append(row(f"    % of the GPU's bf16 peak, {texts} x 128", "%/s", 100 * np.array(rates) * operations / peak, 100 * least, 1.0,
+                                reference_is="the target"))
 
     deep, test, texts = Reference(vocab_size=V), (128 if quick else 512), (20 if quick else 60)
     against(f"fine-tuning step, paper's bert-6, {bench.task.name}", "texts/s", partial(our_finetuning, bench, "bert-6", 4 * steps),
@@ -299,7 +320,7 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
     rows.append(row("    the same against our own bert-6, 1 text", "ms", ours["median"], latency["bert-6"]["median"], 1.0))
     rows.append(row("soft committee of 5 paper's bert-1, batches of 64", "texts/s", ours["texts_per_s"], theirs["texts_per_s"], 6.0))
 
-    many = 200 if cuda else 20 if quick else 60
+    many = 600 if cuda else 20 if quick else 60
     small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
     for model in ("bert-6", "bert-1"):
         reference = Reference(layers=MODELS[model][0], width=QUICK.width, heads=QUICK.heads, vocab_size=4_000, dropout=0.0)
@@ -396,6 +417,53 @@ def lines_a_second(bench: Bench, lines: int) -> float:
     return (len(texts) - 20) / seconds
 
 
+# ------------------------------------------------------------------------------------------ members trained together
+def together(bench: Bench, K: int = 5) -> list[dict]:
+    """Rows: K BERT-1s trained in one batched pass (torch.func.vmap over their stacked weights), beside pretrain.py, which takes one after
+    the other. Both by AdamW; `quick`'s shape, and on a GPU the paper's."""
+    cuda, rows = bench.hardware.device.type == "cuda", []
+    small = replace(bench, corpus=small_vocabulary(bench.corpus, 4_000))
+    cases = [("quick", small, replace(QUICK, optimizer="adamw", count_start=0.0, local_start=0.0, clip=0.0))]
+    for preset, where, recipe in [*cases, ("paper", bench, PAPER)] if cuda else cases:
+        for compiled in (False, True) if cuda else (False,):
+            one, all_of_them, memory = alternate(partial(our_pretraining, where, "bert-1", recipe, 300 if cuda else 60, compiled),
+                                                 partial(batched_pretraining, where, recipe, K, 300 if cuda else 12, compiled), 3)
+            rows.append(row(f"{K} of {preset}'s bert-1 in one batched pass{', compiled' * compiled}", "tokens/s", all_of_them, one, 1.0,
+                            reference_is="one after the other", **memory))
+    return rows
+
+
+def batched_pretraining(bench: Bench, recipe: PretrainRecipe, K: int, steps: int, compiled: bool) -> Rates:
+    """Tokens/s of all K together, each with texts, masks and dropout of its own."""
+    device, V = bench.hardware.device, bench.corpus.tokenizer.vocab_size
+    config = named_config("bert-1", recipe.width, recipe.heads, vocab_size=V, max_length=LENGTH, norm=recipe.norm, dropout=recipe.dropout,
+                          attention_dropout=recipe.attention_dropout)
+    keep_freed_memory()
+    models = [MaskedLM(config).to(device).train() for _ in range(K)]
+    parameters, _ = stack_module_state(models)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.lr, fused=True)
+    table, texts = DeviceTable(bench.corpus.train, device), K * recipe.batch_size
+    most = most_masked(recipe.batch_size * LENGTH, recipe.mask_rate)
+
+    def loss(weights: dict[str, Tensor], masked: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+        with bench.hardware.autocast():
+            logits = functional_call(models[0], weights, (masked, positions)).float()
+        return nn.functional.cross_entropy(logits, labels)
+
+    losses = maybe_compile(vmap(loss, randomness="different"), compiled, fixed=True)
+    rates, window = [], 20 if device.type == "cuda" else 1
+    for step in range(steps // window + 1):
+        start = synchronised(device)
+        for _ in range(window):
+            ids = table.batch(np.arange(step * texts, (step + 1) * texts) % len(table.lengths)).view(K, recipe.batch_size, LENGTH)
+            batches = [torch.stack(parts) for parts in zip(*(mask_tokens(one, V, recipe.mask_rate, most=most) for one in ids))]
+            losses(parameters, *batches).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        rates.append(window * texts * LENGTH / (synchronised(device) - start))
+    return rates[1:]
+
+
 # ------------------------------------------------------------------------------------------------------------ how cost grows
 def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
     """Tokens/s and memory of a pre-training step, of `quick`'s model with one thing changed at a time and of every model of the two
@@ -465,6 +533,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: some 4 minutes on two cores")
     parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the table")
     parser.add_argument("--profile", action="store_true", help="measure where a step's time goes, instead of the table")
+    parser.add_argument("--together", action="store_true", help="train five members in one batched pass, instead of the table")
     parser.add_argument("--vocab-size", type=int, default=30_522, help="pieces of the tokenizer (default %(default)s, the paper's)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--out", type=Path, help="default results/speed-cpu.json or results/speed-NAME-OF-GPU.json")
@@ -473,7 +542,7 @@ def main() -> None:
     args.preset, started = "quick", time.perf_counter()
     hardware = choose_hardware(args.device)
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if hardware.device.type == "cuda" else ""
-    mode = "growth-" if args.grow else "profile-" if args.profile else ""
+    mode = "growth-" if args.grow else "profile-" if args.profile else "together-" if args.together else ""
     out = args.out or ROOT / "results" / f"speed-{mode}{gpu or 'cpu'}.json"
     os.environ["TQDM_DISABLE"] = "1"
     task = load_tasks(args)[0]
@@ -481,8 +550,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(replace(corpus, train=full_length(corpus.train, 4_096), held_out=full_length(corpus.held_out, 8)), task, hardware,
                       Path(folder))
+        rounds = 3 if not args.quick else 1 if gpu else 2  # on a GPU, each round compiles anew
         measured = {"growth": growth(bench, args.quick)} if args.grow else {"profile": profile(bench)} if args.profile else \
-            {"rows": all_rows(bench, 2 if args.quick else 3, args.quick, args)}
+            {"rows": together(bench)} if args.together else {"rows": all_rows(bench, rounds, args.quick, args)}
     record = result_record({"quick": args.quick, "task": task.name, "vocab_size": corpus.tokenizer.vocab_size},
                            time.perf_counter() - started, hardware=hardware.reason, **measured)
     write_json(out, record)
