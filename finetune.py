@@ -139,7 +139,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             load_weights(model.bert, {k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")}, checkpoint)
         # Exercise: train the classifier's head alone (requires_grad_(False) for model.bert). How much of the gap is left?
         model.to(hardware.device)
-        fixed = compiled and not recipe.micro_batch  # all batches of one shape: see maybe_compile
+        fixed = compiled and not (recipe.micro_batch or config.conv_kernels)  # all batches of one shape: see maybe_compile
 
         def summed_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
             with hardware.autocast():

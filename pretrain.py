@@ -970,8 +970,9 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
             start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables", recipe.count_window)
         model.to(hardware.device)
         answered: Callable = DistributedDataParallel(model) if world_size() > 1 else model
-        # Where all parts of all batches have one shape, a GPU's host never waits for it and a compiled step is one graph
-        fixed = (compiled or hardware.device.type == "cuda") and not recipe.head_sample and not recipe.micro_batch and world_size() == 1
+        # Where no shape depends on a batch's numbers, a GPU's host never waits for it, and a compiled step is one graph
+        fixed = (compiled or hardware.device.type == "cuda") and not (recipe.head_sample or recipe.micro_batch or config.conv_kernels
+                                                                      or world_size() > 1)
         train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)
         batches = Batches(corpus.train.lengths, recipe, seed)
         steps = recipe.steps or recipe.epochs * batches.per_epoch
