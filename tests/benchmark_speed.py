@@ -101,13 +101,14 @@ def our_pretraining(bench: Bench, model: str, recipe: PretrainRecipe, steps: int
                                      compiled=compiled))
 
 
-def our_finetuning(bench: Bench, model: str, steps: int) -> Rates:
+def our_finetuning(bench: Bench, model: str, steps: int, compiled: bool = False) -> Rates:
     """Texts/s of steps of finetune.py under the `paper` recipe, but with batches of like length as in `quick`."""
     tables = bench.tables(64)
     recipe = replace(FINETUNE_PRESETS["paper"], steps=steps + 1, like_length=True)
     config = named_config(model, PAPER.width, vocab_size=bench.corpus.tokenizer.vocab_size, max_length=LENGTH)
     with contextlib.redirect_stdout(sys.stderr):
-        folder = finetune(None, config, bench.corpus.tokenizer, tables, recipe, 0, bench.throw_away(), bench.hardware, label=model)
+        folder = finetune(None, config, bench.corpus.tokenizer, tables, recipe, 0, bench.throw_away(), bench.hardware, compiled=compiled,
+                          label=model)
     return [rate / float(tables.train.lengths.mean()) for rate in logged_rates(folder)]
 
 
@@ -268,7 +269,7 @@ def row(name: str, unit: str, ours: Rates | float, reference: Rates | float, tar
         return float(np.median(values)), [float(np.percentile(values, 10)), float(np.percentile(values, 90))]
 
     (a, a_spread), (b, b_spread) = spread(ours), spread(reference)
-    ratio = a / b if unit.endswith("/s") else b / a
+    ratio = a / b if unit.endswith(("/s", "%")) else b / a
     record = {"name": name, "ours": a, "reference": b, "unit": unit, "ratio": ratio, "target": target, "met": ratio >= target,
               "ours_10_90": a_spread, "reference_10_90": b_spread, **more}
     print(f"{name:58}{a:12.5g}{b:12.5g} {unit:9}{ratio:8.2f}{target:8.2f}  {'met' if record['met'] else 'not met'}", flush=True)
@@ -305,11 +306,11 @@ def all_rows(bench: Bench, rounds: int, quick: bool, args: argparse.Namespace) -
                             reference_is="the target"))
             large, _ = apart(partial(our_pretraining, bench, model, replace(PAPER, batch_size=256), steps, True))
             for texts, rates, least in ((32, step["ours"], 0.3), (256, large, 0.45)):
-                rows.append(row(f"    % of the GPU's bf16 peak, {texts} x 128", "%/s", 100 * np.array(rates) * operations / peak, 100 * least, 1.0,
+                rows.append(row(f"    % of the GPU's bf16 peak, {texts} x 128", "%", 100 * np.array(rates) * operations / peak, 100 * least, 1.0,
                                 reference_is="the target"))
 
     deep, test, texts = Reference(vocab_size=V), (128 if quick else 512), (20 if quick else 60)
-    against(f"fine-tuning step, paper's bert-6, {bench.task.name}", "texts/s", partial(our_finetuning, bench, "bert-6", 4 * steps),
+    against(f"fine-tuning step, paper's bert-6, {bench.task.name}", "texts/s", partial(our_finetuning, bench, "bert-6", 4 * steps, cuda),
             partial(their_finetuning, bench, deep, steps), 7.0)
     against(f"prediction, paper's bert-6, {bench.task.name}", "texts/s", partial(our_prediction, bench, test),
             partial(their_prediction, bench, deep, test), 8.0)
