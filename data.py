@@ -1170,12 +1170,12 @@ class DeviceTable:
         self.most = table.meta.get("max_length", math.inf)  # tokens a text may have, as many as a model has positions
         self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
         self.offsets, self.lengths = table.offsets, table.lengths
-        self.device = device
+        self.device, self.longest = device, int(table.lengths.max(initial=0))
 
     def batch(self, texts: np.ndarray, fixed: bool = False) -> Tensor:
         """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length. fixed: as long as the longest text of
         the whole table needs it, so that one compiled program fits every batch."""
-        T = padded_length(int((self.lengths if fixed else self.lengths[texts]).max()), self.most)
+        T = padded_length(self.longest if fixed else int(self.lengths[texts].max()), self.most)
         start, length = to_device(np.stack([self.offsets[texts], self.lengths[texts]]), self.device)[:, :, None]  # each (B, 1)
         column = torch.arange(T, device=self.device)
         index = (start + column).clamp_(max=len(self.tokens) - 1)

@@ -33,7 +33,7 @@ from data import (DeviceTable, InputError, Task, add_source_flags, fingerprints,
                   run_script, to_device, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_recipe_flags, add_run_flags,
-                      choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, kept_out_of, load_checkpoint,
+                      can_compile, choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, kept_out_of, load_checkpoint,
                       load_settings, load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting,
                       settings_hash, short_memory_named, tokenizer_of, train, weights_hash, write_json)
 from tokenizer import ENTITIES, Parser, Tokenizer
@@ -139,6 +139,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             load_weights(model.bert, {k.removeprefix("bert."): v for k, v in start["model"].items() if k.startswith("bert.")}, checkpoint)
         # Exercise: train the classifier's head alone (requires_grad_(False) for model.bert). How much of the gap is left?
         model.to(hardware.device)
+        compiled = can_compile(compiled)
         fixed = compiled and not (recipe.micro_batch or config.conv_kernels)  # all batches of one shape: see maybe_compile
 
         def summed_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -156,7 +157,9 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             part = recipe.micro_batch or len(rows)
             for start in range(0, len(rows), part):
                 texts = rows[start : start + part]
-                loss = of_part(tables.train.batch(texts, fixed), tables.train_labels[to_device(texts, hardware.device)]) / len(rows)
+                labels = tables.train_labels[to_device(texts, hardware.device)]
+                compute = summed_loss if fixed and len(texts) < recipe.batch_size else of_part
+                loss = compute(tables.train.batch(texts, fixed), labels) / len(rows)
                 backward(loss)
                 total += loss.detach()
             return total, int(tables.train.lengths[rows].sum())

@@ -30,6 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# cuDNN's attention, which PyTorch prefers on new GPUs, rounds the share of weights to drop to sixteenths (some versions), and prepares
+# for every new shape anew
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 PAD = 0  # the ids that the mathematics needs, fixed by tokenizer.py: [PAD];
 HEAD, TAIL = 4, 3  # [MASK] and [SEP], which stand on both sides of a marked head and tail entity
 POOLINGS = ("cls", "mean", "entities")

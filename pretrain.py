@@ -280,15 +280,20 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--fresh", action="store_true", help="start again where a run folder has other settings, or is finished")
 
 
-def maybe_compile(function: Callable, wanted: bool, fixed: bool = False) -> Callable:
-    """The compiled function or model, where that is wanted and can be done, else itself.
-
-    fixed: the shapes of its tensors hardly ever change. Then it is compiled for each, and a GPU replays all its kernels as one CUDA graph,
-    where the host would have to start them one by one, which takes longer than a small model's arithmetic.
-    """
-    if wanted and not (shutil.which("g++") or shutil.which("cl") or shutil.which("clang++")):
+def can_compile(wanted: bool) -> bool:
+    """Whether to compile, if that is wanted; why not, in one line."""
+    found = any(map(shutil.which, ("g++", "cl", "clang++")))
+    if wanted and not found:
         print("note: --compile needs a C++ compiler and none was found; going on without", file=sys.stderr)
-        wanted = False
+    return wanted and found
+
+
+def maybe_compile(function: Callable, wanted: bool, fixed: bool = False) -> Callable:
+    """The compiled function, where that is wanted, else itself.
+
+    fixed: its tensors' shapes are always the same (so an epoch's last, smaller batch is not for it). Then a GPU replays all its kernels as
+    one CUDA graph, where the host would have to start them one by one, which takes longer than a small model's arithmetic.
+    """
     if not wanted:
         return function
     torch.compiler.reset()  # forget what an earlier run compiled: of one function only so many versions are kept
@@ -569,7 +574,9 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                velocity = self.state[p].setdefault("velocity", torch.zeros_like(p))
+                if p not in self.state:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+                velocity = self.state[p]["velocity"]
                 velocity.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(velocity, group["momentum"])  # Nesterov
                 parts = p.size(0) // p.size(1) if p.size(0) == 3 * p.size(1) else 1  # query, key, value
@@ -969,6 +976,7 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
         if recipe.count_start and not (folder / "last.pt").exists():  # a checkpoint holds all that would be counted again
             start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables", recipe.count_window)
         model.to(hardware.device)
+        compiled = can_compile(compiled)
         answered: Callable = DistributedDataParallel(model) if world_size() > 1 else model
         # Where no shape depends on a batch's numbers, a GPU's host never waits for it, and a compiled step is one graph
         fixed = (compiled or hardware.device.type == "cuda") and not (recipe.head_sample or recipe.micro_batch or config.conv_kernels
@@ -1012,12 +1020,13 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 more = -len(asked) % 64
                 asked, answers = F.pad(asked, (0, more)), F.pad(answers, (0, more), value=-100)
                 # each part weighs as many masked tokens as it has: an exact split
-                loss = of_part(masked[start:stop], asked, answers, pieces, growth) / number
+                compute = summed_loss if fixed and rows < recipe.batch_size else of_part
+                loss = compute(masked[start:stop], asked, answers, pieces, growth) / number
                 backward(loss * world_size())  # DistributedDataParallel takes the mean over the ranks, this is to be the sum
                 total += loss.detach()
             if world_size() > 1:
                 dist.all_reduce(total)
-            return total, int(corpus.train.lengths[batches[step]].sum())
+            return total, int(train_table.lengths[batches[step]].sum())
 
         final = train(run, model, recipe, hardware, seed, steps, batches.per_epoch, gradients, label=f"pre-train {model_name} {seed}",
                       header={"unigram_loss": round(unigram, 5), "parameters": count_parameters(model)},

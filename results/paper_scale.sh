@@ -19,10 +19,11 @@ else
     preset="--preset paper" rows=${ROWS:-quick} vocab="--vocab-size 30522" members=${MEMBERS:-6} counts=${COUNTS:-90000 40000 20000} top=90000
     quick="--preset quick --width 768 --heads 12 --batch-size 256 --steps 8000"
 fi
-compile=$(python -c 'import torch; print("--compile" if torch.cuda.is_available() else "")')
+python=$(command -v python || command -v python3)
+compile=$($python -c 'import torch; print("--compile" if torch.cuda.is_available() else "")')
 RAW=${RAW:-data}
 if [ "$1" = prepare ]; then
-    exec python data.py encode --preset $rows --task fewrel agnews dbpedia --raw-dir "$RAW" --articles "$RAW/wikipedia/articles-*.jsonl.gz" \
+    exec $python data.py encode --preset $rows --task fewrel agnews dbpedia --raw-dir "$RAW" --articles "$RAW/wikipedia/articles-*.jsonl.gz" \
         --articles-count $top $vocab --min-class-size ${LEAST:-694} --out carried
 fi
 deadline=$(($(date +%s) + LIMIT))
@@ -31,12 +32,12 @@ cell() { # cell NAME FLAGS...: one command of committee.py, in the time that is 
     [ ! -f "$OUT/$name.json" ] || return 0 # finished
     left=$((deadline - $(date +%s)))
     [ $left -gt 20 ] || { echo "out of time before $name; run this again"; exit 0; }
-    timeout -s TERM $left python committee.py --prepared carried --runs-dir runs/gpu --task ${TASKS:-fewrel agnews dbpedia} "$@" $MORE --out "$OUT/$name.json" \
+    timeout -s TERM $left $python committee.py --prepared carried --runs-dir runs/gpu --task ${TASKS:-fewrel agnews dbpedia} "$@" $MORE --out "$OUT/$name.json" \
         || { status=$?; collect; [ $status = 143 ] || [ $status = 124 ] && { echo "$name goes on when this is run again"; exit 0; }; exit $status; }
     collect
 }
 collect() {
-    python results/collect_logits.py runs/gpu/finetune "$OUT/logits.npz"
+    $python results/collect_logits.py runs/gpu/finetune "$OUT/logits.npz"
 }
 mkdir -p "$OUT"
 for n in $counts; do

@@ -115,9 +115,10 @@ def padded(table: TokenTable, texts: np.ndarray, max_length: int) -> Tensor:
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, reference: Reference, generator: torch.Generator) -> Tensor:
     """Their step: every position through the vocabulary head, the loss by the model itself."""
-    masked, labels = mask_tokens(ids, reference, generator)
+    masked, labels = mask_tokens(ids, reference, generator)  # on the CPU, by the collator
     optimizer.zero_grad()
-    loss = model(input_ids=masked, attention_mask=(ids != PAD).long(), labels=labels).loss
+    masked, seen, labels = (t.to(model.device) for t in (masked, (ids != PAD).long(), labels))
+    loss = model(input_ids=masked, attention_mask=seen, labels=labels).loss
     loss.backward()
     optimizer.step()
     return loss.detach()

@@ -1,6 +1,6 @@
 """What the scripts do on a GPU, each test also on a CPU, where there is none: as far as a CPU can tell, the GPU's half is rehearsed.
 
-On a machine with a GPU: python -m pytest tests/test_gpu.py -q
+On a machine with a GPU: python -m pytest tests/test_gpu.py -q -k cuda
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def test_a_model_computes_the_same_there(device: torch.device, monkeypatch: pyte
         found.append([logits.detach().cpu(), *(p.grad.cpu().clone() for p in net.parameters() if p.grad is not None)])
     whole = max(a.norm() for a in found[0])  # a convolution's bias has no gradient before a normalisation, but for rounding
     for a, b in zip(*found, strict=True):
-        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6 * whole
+        assert (a - b).norm() <= (1e-3 if "conv" in name else 1e-4) * a.norm() + 1e-6 * whole
 
 
 def test_so_many_masked_tokens_as_are_asked_for(device: torch.device) -> None:
@@ -166,7 +166,7 @@ def test_compiled_steps_compute_the_same(device: torch.device, corpus: Corpus, t
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
     if device.type == "cpu":  # which has no such graphs, and takes a quarter of a minute to compile this
         return
-    still = dataclasses.replace(SMOKE, steps=6, batch_size=96, like_length=False, lr=0.0, dropout=0.5)
+    still = dataclasses.replace(SMOKE, steps=6, batch_size=96, like_length=False, lr=0.0, dropout=0.5, attention_dropout=0.5)
 
     def same_texts_and_masks(ids: Tensor, vocab_size: int, rate: float = 0.15, most: int = 0, **_: object) -> list[Tensor]:
         return [t.to(device) for t in mask_tokens(ids.sort(0).values.cpu(), vocab_size, rate, torch.Generator().manual_seed(0), most=most)]
@@ -174,6 +174,7 @@ def test_compiled_steps_compute_the_same(device: torch.device, corpus: Corpus, t
     monkeypatch.setattr(pretraining, "mask_tokens", same_texts_and_masks)
     again = [losses(pretrain("bert-1", still, corpus, 0, tmp_path / again, fp32(device), compiled=True)) for again in ("a", "b")]
     assert again[0] == pytest.approx(again[1], rel=1e-5) and len(set(again[0])) == 6
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
 @needs_compiler
@@ -200,7 +201,7 @@ def test_an_interrupted_run_goes_on(device: torch.device, corpus: Corpus, tmp_pa
                     pretrain("bert-1", recipe, corpus, 0, tmp_path / str(halts), fp32(device))
         folder = pretrain("bert-1", recipe, corpus, 0, tmp_path / str(halts), fp32(device))
         found.append(torch.cat([t.flatten() for t in load_checkpoint(folder)["model"].values()]))
-    assert (found[0] - found[1]).norm() <= (0.0 if device.type == "cpu" else 1e-3) * found[0].norm()
+    assert (found[0] - found[1]).norm() <= (0.0 if device.type == "cpu" else 5e-3) * found[0].norm()
 
 
 schedule = pretraining.schedule
