@@ -300,6 +300,11 @@ def wide(cells: dict[str, Cell]) -> str:
                       "entities marked, the classifier reads")
 
 
+def more_text(cells: dict[str, Cell]) -> str:
+    return "\n\n".join(arms_table(f"recipe-text-{n}-minutes-*.json", f"the last row's settings, {n} minutes on one core of an EPYC")
+                       for n in ("seven", "eleven"))
+
+
 def windows(cells: dict[str, Cell]) -> str:
     return "\n\n".join((arms_table("recipe-windows-fewrel-*.json", "BERT-1, 90,000 articles; entities marked, the classifier reads"),
                         arms_table("recipe-windows-topics-*.json", "BERT-1, embedded default", "`topics`")))
@@ -310,8 +315,8 @@ def speed(cells: dict[str, Cell]) -> str:
     texts = []
     for path in sorted(HERE.glob("speed-*.json")):
         record = read_json(path)
-        if "rows" not in record:
-            continue  # of --grow, --profile
+        if "rows" not in record or "together" in path.name:
+            continue  # of --grow, --profile, --together
         rows = []
         for r in record["rows"]:
             limit = f" ({100 * r['share_of_limit']:.0f} % of the machine's limit)" if "share_of_limit" in r else ""
@@ -470,8 +475,8 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "compute": compute,
             "ablation": ablation, "five-minutes": five_minutes, "ten-minutes": ten_minutes, "half-hour": half_hour,
-            "short-conv": short_conv, "windows": windows, "wide": wide, "markers": markers, "speed": speed, "growth": growth,
-            "reliability": reliability}
+            "short-conv": short_conv, "windows": windows, "wide": wide, "text": more_text, "markers": markers, "speed": speed,
+            "growth": growth, "reliability": reliability}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:

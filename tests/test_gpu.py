@@ -188,6 +188,16 @@ def test_compiled_finetuning_computes_the_same(device: torch.device, tmp_path: P
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
+def test_without_a_compiler(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """--compile is told to be left out, and the run is the one without it, shapes and all."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    cpu = fp32(torch.device("cpu"))
+    weights = [load_checkpoint(pretrain("bert-1", SMOKE, corpus, 0, tmp_path / str(compiled), cpu, compiled=compiled))["model"]
+               for compiled in (False, True)]
+    assert all(torch.equal(t, weights[1][name]) for name, t in weights[0].items())
+    assert capsys.readouterr().err.count("note: --compile needs a C++ compiler and none was found; going on without") == 1
+
+
 def test_an_interrupted_run_goes_on(device: torch.device, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU with the same weights bit by bit (test_training.py), on a GPU, where sums are taken in any order, nearly."""
     recipe, found = dataclasses.replace(SMOKE, steps=12, dropout=0.1), []
