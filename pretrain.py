@@ -276,7 +276,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
                        help="paper: the authors' set-up; quick: minutes on two cores (default); smoke: seconds, for tests")
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
     group.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of matrix products")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model; pays on a GPU (needs a C++ compiler)")
+    group.add_argument("--compile", action="store_true", help="torch.compile the step: meant for a GPU (needs a C++ compiler)")
     group.add_argument("--fresh", action="store_true", help="start again where a run folder has other settings, or is finished")
 
 
