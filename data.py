@@ -1159,7 +1159,7 @@ def padded_length(longest: int, most: float) -> int:
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor there. A CUDA GPU's host does not wait until what it asked for before is done, as .to() alone would have it."""
+    """The array as a tensor on the device. The copy to a CUDA GPU queues behind its other work; .to() alone would have the host wait."""
     return torch.from_numpy(x).to(device, non_blocking=device.type == "cuda")
 
 
@@ -1172,10 +1172,10 @@ class DeviceTable:
         self.offsets, self.lengths = table.offsets, table.lengths
         self.device, self.longest = device, int(table.lengths.max(initial=0))
 
-    def batch(self, texts: np.ndarray, fixed: bool = False) -> Tensor:
-        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length. fixed: as long as the longest text of
-        the whole table needs it, so that one compiled program fits every batch."""
-        T = padded_length(self.longest if fixed else int(self.lengths[texts].max()), self.most)
+    def batch(self, texts: np.ndarray, to_longest: bool = False) -> Tensor:
+        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length. to_longest: T is that of the table's
+        longest text, so that one compiled program fits every batch."""
+        T = padded_length(self.longest if to_longest else int(self.lengths[texts].max()), self.most)
         start, length = to_device(np.stack([self.offsets[texts], self.lengths[texts]]), self.device)[:, :, None]  # each (B, 1)
         column = torch.arange(T, device=self.device)
         index = (start + column).clamp_(max=len(self.tokens) - 1)

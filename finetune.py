@@ -140,14 +140,14 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
         # Exercise: train the classifier's head alone (requires_grad_(False) for model.bert). How much of the gap is left?
         model.to(hardware.device)
         compiled = can_compile(compiled)
-        fixed = compiled and not (recipe.micro_batch or config.conv_kernels)  # all batches of one shape: see maybe_compile
+        fixed_shapes = compiled and not (recipe.micro_batch or config.conv_kernels)
 
         def summed_loss(input_ids: Tensor, labels: Tensor) -> Tensor:
             with hardware.autocast():
                 logits = model(input_ids)
             return F.cross_entropy(logits.float(), labels, reduction="sum")
 
-        of_part = maybe_compile(summed_loss, compiled, fixed)
+        compiled_loss = maybe_compile(summed_loss, compiled, fixed_shapes)
         batches = Batches(tables.train.lengths, recipe, seed)
         steps = recipe.steps or max(recipe.epochs * batches.per_epoch, recipe.min_steps)
 
@@ -158,8 +158,9 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
             for start in range(0, len(rows), part):
                 texts = rows[start : start + part]
                 labels = tables.train_labels[to_device(texts, hardware.device)]
-                compute = summed_loss if fixed and len(texts) < recipe.batch_size else of_part
-                loss = compute(tables.train.batch(texts, fixed), labels) / len(rows)
+                # an epoch's last, smaller batch has another shape
+                loss_of = summed_loss if fixed_shapes and len(texts) < recipe.batch_size else compiled_loss
+                loss = loss_of(tables.train.batch(texts, fixed_shapes), labels) / len(rows)
                 backward(loss)
                 total += loss.detach()
             return total, int(tables.train.lengths[rows].sum())

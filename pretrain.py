@@ -276,28 +276,28 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
                        help="paper: the authors' set-up; quick: minutes on two cores (default); smoke: seconds, for tests")
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
     group.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of matrix products")
-    group.add_argument("--compile", action="store_true", help="torch.compile the step: meant for a GPU (needs a C++ compiler)")
+    group.add_argument("--compile", action="store_true", help="torch.compile model and loss: meant for a GPU (needs a C++ compiler)")
     group.add_argument("--fresh", action="store_true", help="start again where a run folder has other settings, or is finished")
 
 
 def can_compile(wanted: bool) -> bool:
-    """Whether to compile, if that is wanted; why not, in one line."""
-    found = any(map(shutil.which, ("g++", "cl", "clang++")))
+    """Whether to compile: if that is wanted and the C++ compiler is there that torch.compile calls. If it is not, a note says so."""
+    found = shutil.which(os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")) is not None
     if wanted and not found:
         print("note: --compile needs a C++ compiler and none was found; going on without", file=sys.stderr)
     return wanted and found
 
 
-def maybe_compile(function: Callable, wanted: bool, fixed: bool = False) -> Callable:
+def maybe_compile(function: Callable, wanted: bool, fixed_shapes: bool = False) -> Callable:
     """The compiled function, where that is wanted, else itself.
 
-    fixed: its tensors' shapes are always the same (so an epoch's last, smaller batch is not for it). Then a GPU replays all its kernels as
-    one CUDA graph, where the host would have to start them one by one, which takes longer than a small model's arithmetic.
+    fixed_shapes: those of its tensors never change (so an epoch's last, smaller batch is not for it). Then a GPU replays its forward and
+    its backward pass as one CUDA graph each; else the host starts every kernel, which takes longer than a small model's arithmetic.
     """
     if not wanted:
         return function
     torch.compiler.reset()  # forget what an earlier run compiled: of one function only so many versions are kept
-    return torch.compile(function, dynamic=False, mode="reduce-overhead") if fixed else torch.compile(function, dynamic=True)
+    return torch.compile(function, dynamic=False, mode="reduce-overhead") if fixed_shapes else torch.compile(function, dynamic=True)
 
 
 # ------------------------------------------------------------------------------------------- several processes
@@ -873,35 +873,35 @@ def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: to
 
 # ------------------------------------------------------------------------------------- masked language modelling
 def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float = 0.15, generator: torch.Generator | None = None,
-                special_replacements: bool = False, most: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+                special_replacements: bool = False, count: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """BERT's masking: each ordinary token is chosen with probability `rate`; of the chosen, 80 % become [MASK], 10 %
     another token drawn at random, 10 % stay. One uniform draw decides both.
 
     input_ids: (B, T) -> masked ids (B, T), positions (M,) into the flattened batch, labels (M,). No special token is
     chosen, and none inserted (unless special_replacements, the authors' fault).
 
-    most: above 0, M is this number, however many were chosen: the host of a GPU needs not wait to learn it, and shapes stay the same.
-    Of more than that, the last are left as they are; where there are fewer, position 0, a [CLS], fills up, with the label -100.
+    count: above 0, M is this number, however many were chosen: a GPU's host need not wait to learn it, and shapes stay the same. If more
+    were chosen, the last of them are left as they are; if fewer, position 0, a [CLS], fills up, unchanged and with the label -100.
     """
     # Exercise: choose whole words, all pieces of one together. The loss rises; is the model a better start for a classifier?
     draw = torch.rand(input_ids.shape, generator=generator, device=input_ids.device)
     chosen = (draw < rate) & (input_ids >= FIRST_PIECE)
     flat, chosen = input_ids.flatten(), chosen.flatten()
-    positions = (chosen.nonzero_static(size=most, fill_value=0) if most else chosen.nonzero()).squeeze(1)  # (M,)
+    positions = (chosen.nonzero_static(size=count, fill_value=0) if count else chosen.nonzero()).squeeze(1)  # (M,)
     labels = flat[positions]
     share = draw.flatten()[positions] / rate  # uniform in [0, 1) once more, given that the token was chosen
     random_ids = torch.randint(0 if special_replacements else FIRST_PIECE, vocab_size, labels.shape, generator=generator,
                                device=input_ids.device)
     replacement = torch.where(share < 0.8, MASK, torch.where(share < 0.9, random_ids, labels))
-    if most:
+    if count:
         ordinary = labels >= FIRST_PIECE
         replacement, labels = torch.where(ordinary, replacement, labels), torch.where(ordinary, labels, -100)
     return flat.index_put((positions,), replacement).view_as(input_ids), positions, labels
 
 
 def most_masked(tokens: int, rate: float) -> int:
-    """How many of so many tokens are chosen at the most, but for one batch in a million: the mean and five standard deviations,
-    in multiples of 64."""
+    """The mean number of masked tokens among so many, and five standard deviations more, in multiples of 64: not one batch in a million
+    has more."""
     return -(-math.ceil(tokens * rate + 5 * math.sqrt(tokens * rate * (1 - rate))) // 64) * 64
 
 
@@ -977,10 +977,10 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
             start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables", recipe.count_window)
         model.to(hardware.device)
         compiled = can_compile(compiled)
-        answered: Callable = DistributedDataParallel(model) if world_size() > 1 else model
-        # Where no shape depends on a batch's numbers, a GPU's host never waits for it, and a compiled step is one graph
-        fixed = (compiled or hardware.device.type == "cuda") and not (recipe.head_sample or recipe.micro_batch or config.conv_kernels
-                                                                      or world_size() > 1)
+        forward: Callable = DistributedDataParallel(model) if world_size() > 1 else model
+        # Where no shape depends on a batch's numbers, a GPU's host never waits for it, and what is compiled is one graph
+        fixed_shapes = (compiled or hardware.device.type == "cuda") and not (
+            recipe.head_sample or recipe.micro_batch or config.conv_kernels or world_size() > 1)
         train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)
         batches = Batches(corpus.train.lengths, recipe, seed)
         steps = recipe.steps or recipe.epochs * batches.per_epoch
@@ -991,16 +991,18 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
 
         def summed_loss(masked: Tensor, asked: Tensor, answers: Tensor, pieces: Tensor | None, growth: Tensor | None) -> Tensor:
             with hardware.autocast():
-                logits = answered(masked, asked, pieces).float()  # (M, V) or (M, K); the copy in bf16 is dropped at once
-            return F.cross_entropy(logits if growth is None else logits + growth, answers, reduction="sum")  # passes over labels of -100
+                logits = forward(masked, asked, pieces).float()  # (M, V) or (M, K); the copy in bf16 is dropped at once
+            if growth is not None:
+                logits += growth
+            return F.cross_entropy(logits, answers, reduction="sum")  # passes over labels of -100
 
-        of_part = maybe_compile(summed_loss, compiled, fixed)
+        compiled_loss = maybe_compile(summed_loss, compiled, fixed_shapes)
 
         def gradients(step: int, backward: Callable[[Tensor], None]) -> tuple[Tensor, int]:
-            input_ids = train_table.batch(batches[step], fixed and compiled)
+            input_ids = train_table.batch(batches[step], fixed_shapes and compiled)
             masked, positions, labels = mask_tokens(input_ids, vocab_size, recipe.mask_rate, special_replacements=recipe.fault_special,
-                                                    most=most_masked(input_ids.numel(), recipe.mask_rate) if fixed else 0)
-            number = (labels >= 0).sum().clamp(min=1)
+                                                    count=most_masked(input_ids.numel(), recipe.mask_rate) if fixed_shapes else 0)
+            masked_tokens = (labels >= 0).sum().clamp(min=1)
             pieces = growth = None
             if 0 < recipe.head_sample < vocab_size:
                 pieces, growth, labels = sample_pieces(labels, vocab_size, recipe.head_sample)
@@ -1020,8 +1022,9 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 more = -len(asked) % 64
                 asked, answers = F.pad(asked, (0, more)), F.pad(answers, (0, more), value=-100)
                 # each part weighs as many masked tokens as it has: an exact split
-                compute = summed_loss if fixed and rows < recipe.batch_size else of_part
-                loss = compute(masked[start:stop], asked, answers, pieces, growth) / number
+                # an epoch's last, smaller batch has another shape
+                loss_of = summed_loss if fixed_shapes and rows < recipe.batch_size else compiled_loss
+                loss = loss_of(masked[start:stop], asked, answers, pieces, growth) / masked_tokens
                 backward(loss * world_size())  # DistributedDataParallel takes the mean over the ranks, this is to be the sum
                 total += loss.detach()
             if world_size() > 1:

@@ -302,8 +302,8 @@ def wide(cells: dict[str, Cell]) -> str:
 
 def more_text(cells: dict[str, Cell]) -> str:
     return "\n\n".join(arms_table(f"recipe-text-{name}-*.json", f"the last row's settings, {how}") for name, how in (
-        ("counts", "counted alone, without a step of training"), ("seven-minutes", "seven minutes on one core of an EPYC"),
-        ("eleven-minutes", "eleven minutes on one core of an EPYC")))
+        ("counts", "counted alone, without a step of training (and so a plateau to leave)"),
+        ("seven-minutes", "seven minutes on one core of an EPYC"), ("eleven-minutes", "eleven minutes on one core of an EPYC")))
 
 
 def windows(cells: dict[str, Cell]) -> str:

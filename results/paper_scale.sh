@@ -4,7 +4,8 @@
 #     sh results/paper_scale.sh prepare        where the raw data is: makes carried/ (about 30 MB), all that the GPU's machine needs
 #     sh results/paper_scale.sh run [OUT]      on the GPU's machine, again and again: goes on where it was, ends within 9 minutes
 #     SIZE=smoke sh results/paper_scale.sh ..  the same in seconds on a CPU, to rehearse
-#     COUNTS=20000 MEMBERS=3 TASKS=fewrel MORE="--ft-epochs 10" sh results/paper_scale.sh run       less of it, for a first look
+#     COUNTS=20000 MEMBERS=3 TASKS=fewrel MORE="--ft-epochs 10" sh results/paper_scale.sh run results/gpu-first
+#                                              less of it, for a first look; in an OUT of its own, for what OUT holds is not run again
 #
 # Rows a class are the quick preset's (FewRel 100 + 70, 58 relations), as in the rest of the study; ROWS=paper LEAST=700 for the paper's.
 # What comes back is small: OUT holds a results.json of each cell, and every fine-tuned model's logits of the test rows (fp16).

@@ -46,8 +46,8 @@ class RampedTable(DeviceTable):
 
     started = math.inf  # when the run did
 
-    def batch(self, texts: np.ndarray, fixed: bool = False) -> Tensor:
-        input_ids = super().batch(texts, fixed)
+    def batch(self, texts: np.ndarray, to_longest: bool = False) -> Tensor:
+        input_ids = super().batch(texts, to_longest)
         if not torch.is_grad_enabled():  # counting, held-out texts
             return input_ids
         self.started = min(self.started, time.perf_counter())

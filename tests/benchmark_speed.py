@@ -167,7 +167,7 @@ class Theirs:
             start = synchronised(self.device)
             for i in range(together):
                 with self.autocast():
-                    step(np.arange(i * B, (i + 1) * B))
+                    step(np.arange(i * B, (i + 1) * B))  # the same texts again and again: all are padded to one length
             rates.append(together * B * unit / (synchronised(self.device) - start))
         return rates
 
@@ -376,7 +376,8 @@ class Table:
                                   conv_channels=config.conv_channels, conv_kernels=config.conv_kernels, batch_size=few.batch_size, fault_stem=True)
             steps = 40 if self.cuda else 2 * self.steps
             yield self.against(f"pre-training step, paper's {model}, {few.batch_size} x 128", "tokens/s",
-                               partial(our_pretraining, self.bench, model, few, 2 * steps), partial(their_pretraining, self.bench, reference, steps), 2.0)
+                               partial(our_pretraining, self.bench, model, few, 2 * steps),  # not compiled: its shapes vary
+                               partial(their_pretraining, self.bench, reference, steps), 2.0)
 
     def host(self) -> Iterator[dict]:
         """What no GPU has a part in."""
@@ -389,8 +390,7 @@ class Table:
             yield row(name, "s", start_to_first_step(self.args, self.bench.folder, prepared), 5.0, 1.0, reference_is="the target")
 
 
-SECTIONS: dict[str, Callable[[Table], Iterator[dict]]] = {name: getattr(Table, name) for name in
-                                                          ("paper", "classify", "committee", "small", "stems", "host")}
+SECTIONS = ("paper", "classify", "committee", "small", "stems", "host")  # methods of Table
 
 
 def all_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict]:
@@ -399,7 +399,7 @@ def all_rows(bench: Bench, args: argparse.Namespace) -> Iterator[dict]:
           f"{'':58}{'ours':>12}{'reference':>12} {'unit':9}{'ratio':>8}{'target':>8}")
     table = Table(bench, args, 3 if not args.quick else 1 if cuda else 2, rate)  # on a GPU, each round compiles anew
     for section in args.rows:
-        yield from SECTIONS[section](table)
+        yield from getattr(table, section)()
 
 
 @dataclass
@@ -499,20 +499,21 @@ def batched_pretraining(bench: Bench, recipe: PretrainRecipe, K: int, steps: int
         torch._dynamo.mark_static_address(weight)  # else a CUDA graph copies it at every replay, as it does a batch
     optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.lr, fused=True)
     table, texts = DeviceTable(bench.corpus.train, device), K * recipe.batch_size
-    most = most_masked(recipe.batch_size * LENGTH, recipe.mask_rate)
+    tokens = recipe.batch_size * LENGTH
+    masked = most_masked(tokens, recipe.mask_rate) if device.type == "cuda" else round(tokens * recipe.mask_rate)  # as pretrain.py has it
 
     def loss(weights: dict[str, Tensor], masked: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
         with bench.hardware.autocast():
             logits = functional_call(models[0], weights, (masked, positions)).float()
         return nn.functional.cross_entropy(logits, labels)
 
-    losses = maybe_compile(vmap(loss, randomness="different"), compiled, fixed=True)
+    losses = maybe_compile(vmap(loss, randomness="different"), compiled, fixed_shapes=True)
     rates, window = [], 20 if device.type == "cuda" else 1
     for step in range(steps // window + 1):
         start = synchronised(device)
         for _ in range(window):
             ids = table.batch(np.arange(step * texts, (step + 1) * texts) % len(table.lengths)).view(K, recipe.batch_size, LENGTH)
-            batches = [torch.stack(parts) for parts in zip(*(mask_tokens(one, V, recipe.mask_rate, most=most) for one in ids))]
+            batches = [torch.stack(parts) for parts in zip(*(mask_tokens(one, V, recipe.mask_rate, count=masked) for one in ids))]
             losses(parameters, *batches).sum().backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -589,7 +590,7 @@ def profile(bench: Bench) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions and one stem: some 4 minutes on two cores")
-    parser.add_argument("--rows", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="parts of the table (default: all)")
+    parser.add_argument("--rows", nargs="+", choices=SECTIONS, default=SECTIONS, help="parts of the table (default: all); with fewer, give --out")
     parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the table")
     parser.add_argument("--profile", action="store_true", help="measure where a step's time goes, instead of the table")
     parser.add_argument("--together", action="store_true", help="train five members in one batched pass, instead of the table")

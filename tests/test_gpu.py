@@ -1,4 +1,5 @@
-"""What the scripts do on a GPU, each test also on a CPU, where there is none: as far as a CPU can tell, the GPU's half is rehearsed.
+"""What the scripts do on a GPU. Most tests run on a CPU too, to rehearse the GPU's half as far as that can be; those that compare a device
+with the CPU can then only show that the code runs.
 
 On a machine with a GPU: python -m pytest tests/test_gpu.py -q -k cuda
 """
@@ -9,7 +10,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
-from itertools import count
+from itertools import count as ticking
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,12 @@ from tokenizer import CLS, FIRST_PIECE
 
 SMOKE = PRESETS["smoke"]
 LENGTH = 32
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler, which torch.compile needs")
+needs_compiler = pytest.mark.skipif(not pretraining.can_compile(True), reason="no C++ compiler, which torch.compile needs")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions of 10 bits of precision, unless it is said
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # else convolutions on a GPU are rounded to 10 bits
     return torch.device(request.param)
 
 
@@ -93,7 +94,7 @@ def test_so_many_masked_tokens_as_are_asked_for(device: torch.device) -> None:
     _, positions, labels = mask_tokens(ids, 90, rate)
     for most in (most_masked(ids.numel(), rate), 64):
         torch.manual_seed(1)
-        masked, asked, answers = mask_tokens(ids, 90, rate, most=most)
+        masked, asked, answers = mask_tokens(ids, 90, rate, count=most)
         real = min(len(positions), most)
         assert len(asked) == most and (most == 64) == (len(positions) > most)
         assert torch.equal(asked[:real], positions[:real]) and torch.equal(answers[:real], labels[:real])
@@ -136,6 +137,7 @@ def test_the_host_never_waits_in_a_step(device: torch.device, corpus: Corpus, tm
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pretraining, "train", few_steps)
+    monkeypatch.setattr(pretraining, "can_compile", lambda wanted: wanted)
     monkeypatch.setattr(pretraining, "maybe_compile", lambda function, *_: function)
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -152,7 +154,8 @@ def test_a_compiled_step_is_one_graph(device: torch.device, corpus: Corpus, tmp_
     if device.type == "cpu":  # as on a GPU
         monkeypatch.setattr(model, "dropout", lambda x, p: F.dropout(x, p) if p else x)
         monkeypatch.setattr(Attention, "fused", True)
-    monkeypatch.setattr(pretraining, "maybe_compile", lambda function, wanted, fixed: torch.compile(function, fullgraph=True, backend="aot_eager"))
+    monkeypatch.setattr(pretraining, "can_compile", lambda wanted: wanted)
+    monkeypatch.setattr(pretraining, "maybe_compile", lambda function, wanted, fixed_shapes: torch.compile(function, fullgraph=True, backend="aot_eager"))
     recipe = dataclasses.replace(SMOKE, steps=3, dropout=0.1, attention_dropout=0.1)
     assert len(losses(pretrain(name, recipe, corpus, 0, tmp_path, Hardware(device, torch.bfloat16, "test"), compiled=True))) == 3
 
@@ -168,8 +171,8 @@ def test_compiled_steps_compute_the_same(device: torch.device, corpus: Corpus, t
         return
     still = dataclasses.replace(SMOKE, steps=6, batch_size=96, like_length=False, lr=0.0, dropout=0.5, attention_dropout=0.5)
 
-    def same_texts_and_masks(ids: Tensor, vocab_size: int, rate: float = 0.15, most: int = 0, **_: object) -> list[Tensor]:
-        return [t.to(device) for t in mask_tokens(ids.sort(0).values.cpu(), vocab_size, rate, torch.Generator().manual_seed(0), most=most)]
+    def same_texts_and_masks(ids: Tensor, vocab_size: int, rate: float = 0.15, count: int = 0, **_: object) -> list[Tensor]:
+        return [t.to(device) for t in mask_tokens(ids.sort(0).values.cpu(), vocab_size, rate, torch.Generator().manual_seed(0), count=count)]
 
     monkeypatch.setattr(pretraining, "mask_tokens", same_texts_and_masks)
     again = [losses(pretrain("bert-1", still, corpus, 0, tmp_path / again, fp32(device), compiled=True)) for again in ("a", "b")]
@@ -205,10 +208,12 @@ def test_an_interrupted_run_goes_on(device: torch.device, corpus: Corpus, tmp_pa
         if halts:
             with monkeypatch.context() as patch:
                 patch.setattr(pretraining, "schedule", lambda recipe, now, end, per_epoch: 1 / 0 if now == 7 else schedule(recipe, now, end, per_epoch))
-                ticks = count(0.0, 100.0)  # seconds: each step saves
+                ticks = ticking(0.0, 100.0)  # seconds: each step saves
                 patch.setattr(pretraining.time, "perf_counter", lambda ticks=ticks: next(ticks))
                 with pytest.raises(ZeroDivisionError):
                     pretrain("bert-1", recipe, corpus, 0, tmp_path / str(halts), fp32(device))
+            # not from the start again, which would end at the same weights
+            monkeypatch.setattr(pretraining, "schedule", lambda recipe, now, *rest: 1 / 0 if now < 7 else schedule(recipe, now, *rest))
         folder = pretrain("bert-1", recipe, corpus, 0, tmp_path / str(halts), fp32(device))
         found.append(torch.cat([t.flatten() for t in load_checkpoint(folder)["model"].values()]))
     assert (found[0] - found[1]).norm() <= (0.0 if device.type == "cpu" else 5e-3) * found[0].norm()
