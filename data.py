@@ -1170,7 +1170,7 @@ class DeviceTable:
         self.most = table.meta.get("max_length", math.inf)  # tokens a text may have, as many as a model has positions
         self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
         self.offsets, self.lengths = table.offsets, table.lengths
-        self.device, self.longest = device, int(table.lengths.max(initial=0))
+        self.device, self.longest = device, int(self.lengths.max(initial=0))
 
     def batch(self, texts: np.ndarray, to_longest: bool = False) -> Tensor:
         """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length. to_longest: T is that of the table's

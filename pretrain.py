@@ -1021,9 +1021,9 @@ def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int,
                 # A matrix product of a new shape is slow the first time (on a CPU), so the shapes are to come again: some positions more
                 more = -len(asked) % 64
                 asked, answers = F.pad(asked, (0, more)), F.pad(answers, (0, more), value=-100)
-                # each part weighs as many masked tokens as it has: an exact split
                 # an epoch's last, smaller batch has another shape
                 loss_of = summed_loss if fixed_shapes and rows < recipe.batch_size else compiled_loss
+                # each part weighs as many masked tokens as it has: an exact split
                 loss = loss_of(masked[start:stop], asked, answers, pieces, growth) / masked_tokens
                 backward(loss * world_size())  # DistributedDataParallel takes the mean over the ranks, this is to be the sum
                 total += loss.detach()

@@ -29,7 +29,7 @@ from finetune import FinetuneRecipe, TaskTables, finetune
 from material import articles, small_tokenizer
 from model import MODELS, Attention, Classifier, MaskedLM, named_config
 from pretrain import (PRESETS, Hardware, PretrainRecipe, count_embeddings, load_checkpoint, make_optimizers, mask_tokens, most_masked, pretrain,
-                      update_weights)
+                      schedule, update_weights)
 from tokenizer import CLS, FIRST_PIECE
 
 SMOKE = PRESETS["smoke"]
@@ -217,9 +217,6 @@ def test_an_interrupted_run_goes_on(device: torch.device, corpus: Corpus, tmp_pa
         folder = pretrain("bert-1", recipe, corpus, 0, tmp_path / str(halts), fp32(device))
         found.append(torch.cat([t.flatten() for t in load_checkpoint(folder)["model"].values()]))
     assert (found[0] - found[1]).norm() <= (0.0 if device.type == "cpu" else 5e-3) * found[0].norm()
-
-
-schedule = pretraining.schedule
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
