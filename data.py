@@ -975,6 +975,7 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
     min_class_size: classes with fewer rows are dropped. Raises InputError for a class with too few rows.
     """
     sizes, test_sizes = Counter(label for _, label in rows), Counter(label for _, label in test_rows or ())
+    short = [name[:60] for name in classes]  # for messages: a name may be a text that slipped into the wrong column
     kept = [c for c in range(len(classes)) if sizes[c] >= min_class_size]
     if len(kept) < 2:
         raise InputError(f"task {name}: {len(kept)} class(es) with --min-class-size {min_class_size}; two are needed")
@@ -982,10 +983,10 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
         need = train_per_class + (test_per_class if test_rows is None else 0)
         if sizes[c] < max(need, 1 if test_rows is not None else 2):
             raise InputError(
-                f"task {name}: class {classes[c][:60]!r} has {sizes[c]} rows, {need} are needed; drop small classes with "
+                f"task {name}: class {short[c]!r} has {sizes[c]} rows, {need} are needed; drop small classes with "
                 f"--min-class-size {need}, or lower --train-per-class {train_per_class} or --test-per-class {test_per_class}")
         if test_rows is not None and test_sizes[c] < test_per_class:
-            raise InputError(f"task {name}: class {classes[c][:60]!r} has {test_sizes[c]} test rows; lower --test-per-class")
+            raise InputError(f"task {name}: class {short[c]!r} has {test_sizes[c]} test rows; lower --test-per-class")
     new = {c: i for i, c in enumerate(kept)}
     rng = np.random.default_rng(seed)
     order = [int(i) for i in rng.permutation(len(rows)) if rows[i][1] in new]
@@ -1018,7 +1019,7 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
     tested = Counter(label for _, label in test)
     for c in kept:
         if drawn[c] < max(1, train_per_class) or tested[new[c]] < test_per_class:
-            raise InputError(f"task {name}: class {classes[c][:60]!r} has too few different texts for {train_per_class} + "
+            raise InputError(f"task {name}: class {short[c]!r} has too few different texts for {train_per_class} + "
                              f"{test_per_class} rows; lower --train-per-class or --test-per-class")
     if len(kept) < len(classes):
         note += f"; {len(classes) - len(kept)} classes under {min_class_size} rows dropped"

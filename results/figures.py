@@ -1,6 +1,6 @@
-"""Redraws every figure and every table of the study from results/study/*.json: nothing in README's results is typed by hand.
+"""Redraws every figure and every table of measurements from the JSON files here: nothing between the READMEs' markers is typed by hand.
 
-    python results/figures.py                 rewrites README.md between its study markers, and results/figures/*.png
+    python results/figures.py       rewrites README.md and results/README.md between their study markers, and results/figures/*.png
 
 Without matplotlib (tests/requirements.txt) the tables are still written. A cell that has not been run is "not yet measured".
 """
@@ -300,6 +300,21 @@ def wide(cells: dict[str, Cell]) -> str:
                       "entities marked, the classifier reads")
 
 
+def wider(cells: dict[str, Cell]) -> str:
+    """The wider BERT-1 on test rows, with openings and with whole articles."""
+    rows, gaps = [], dict[str, list[float]]()
+    titles = {"openings": "90,000 openings (the command above)", "whole": "125,000 whole articles, answers among 4,000 pieces"}
+    for name, title in titles.items():
+        cell = Cell(HERE / f"committee-fewrel-wide-{name}.json")
+        for model in ("bert-6", "bert-1"):
+            accuracies = (with_interval(cell.accuracies("fewrel", model, kind)) for kind in ("pretrained", "scratch"))
+            rows.append([title, model, *accuracies, difference(cell.gaps("fewrel", model))])
+            gaps.setdefault(model, []).extend(cell.gaps("fewrel", model))
+    both = "; ".join(f"{model} {difference(values)}" for model, values in gaps.items())
+    return (table(["", "model", "pre-trained, %", "from scratch, %", "gap"], rows)
+            + f"\n\nBoth runs together, {len(gaps['bert-1'])} seeds: {both}.")
+
+
 def more_text(cells: dict[str, Cell]) -> str:
     return "\n\n".join(arms_table(f"recipe-text-{name}-*.json", f"the last row's settings, {how}") for name, how in (
         ("counts", "counted alone, without a step of training (and so a plateau to leave)"),
@@ -476,12 +491,12 @@ def draw(cells: dict[str, Cell], folder: Path) -> list[Path]:
 
 SECTIONS = {"c1": claim_1, "c2": claim_2, "c3": claim_3, "c4": claim_4, "controls": controls, "grid": grid, "compute": compute,
             "ablation": ablation, "five-minutes": five_minutes, "ten-minutes": ten_minutes, "half-hour": half_hour,
-            "short-conv": short_conv, "windows": windows, "wide": wide, "text": more_text, "markers": markers, "speed": speed,
-            "growth": growth, "reliability": reliability}
+            "short-conv": short_conv, "windows": windows, "wide": wide, "wider": wider, "text": more_text, "markers": markers,
+            "speed": speed, "growth": growth, "reliability": reliability}
 
 
 def rewrite(readme: str, cells: dict[str, Cell], pictures: set[str]) -> str:
-    """README with what stands between <!--study:NAME--> and <!--end--> made anew."""
+    """A README with what stands between <!--study:NAME--> and <!--end--> made anew. (Pictures: the top level's alone have any.)"""
     for name, section in SECTIONS.items():
         start, end = f"<!--study:{name}-->", "<!--end-->"
         before, found, rest = readme.partition(start)
@@ -497,16 +512,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", type=Path, default=HERE / "study", metavar="DIR", help="the cells' JSON files (default results/study)")
     parser.add_argument("--figures", type=Path, default=HERE / "figures", metavar="DIR", help="where to draw (default results/figures)")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", metavar="FILE", help="to rewrite (default README.md)")
+    parser.add_argument("--readme", type=Path, nargs="+", default=[HERE.parent / "README.md", HERE / "README.md"], metavar="FILE",
+                        help="to rewrite (default README.md and results/README.md)")
     args = parser.parse_args()
-    if not args.readme.is_file():
-        raise InputError(f"--readme {args.readme}: no such file")
+    for readme in args.readme:
+        if not readme.is_file():
+            raise InputError(f"--readme {readme}: no such file")
     cells = load(args.study)
     made = draw(cells, args.figures)
-    text = rewrite(args.readme.read_text(encoding="utf-8"), cells, {path.stem for path in made or args.figures.glob("*.png")})
-    with write_atomically(args.readme) as file:
-        file.write(text.encode("utf-8"))
-    print(f"{len(cells)} cells; {len(made)} figures; {args.readme} rewritten")
+    pictures = {path.stem for path in made or args.figures.glob("*.png")}
+    texts = {readme: rewrite(readme.read_text(encoding="utf-8"), cells, pictures) for readme in args.readme}
+    for readme, text in texts.items():
+        with write_atomically(readme) as file:
+            file.write(text.encode("utf-8"))
+    print(f"{len(cells)} cells; {len(made)} figures; {', '.join(map(str, args.readme))} rewritten")
 
 
 if __name__ == "__main__":

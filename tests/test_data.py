@@ -186,6 +186,15 @@ def test_small_classes_are_named(tmp_path: Path, changes: dict, message: str) ->
     assert dropped.classes == ["first relation", "second"] and "1 classes under 21 rows dropped" in dropped.note
 
 
+@pytest.mark.parametrize("rows, test_rows, message", [
+    ([("a", 0), ("b", 1), ("d", 1)], None, "has 1 rows"),
+    ([("a", 0), ("b", 1)], [("d", 1)], "has 0 test rows"),
+    ([("a", 0), ("a", 0), ("b", 1), ("d", 1)], None, "has too few different texts")])
+def test_a_class_name_as_long_as_a_text_is_cut_where_it_is_named(rows: list, test_rows: list | None, message: str) -> None:
+    with pytest.raises(InputError, match=f"class 'x{{60}}' {message}"):
+        sample_task("own", ["x" * 5000, "y"], rows, test_rows, train_per_class=1, test_per_class=1)
+
+
 def test_own_task_files(tmp_path: Path) -> None:
     train, test = write_task_file(tmp_path / "a b.csv"), write_task_file(tmp_path / "test.csv", 6, seed=1)
     classes, rows, test_rows, _ = read_task_files([train, test])

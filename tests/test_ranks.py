@@ -40,7 +40,7 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 
     def arguments(runs: str) -> list[str]:
         return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(tmp_path / runs), "--name", "r", "--batch-size", "4",
-                "--steps", "80", "--micro-batch", "1", "--head-sample", "60", "--device", "cpu", "--dtype", "fp32"]
+                "--steps", "240", "--micro-batch", "1", "--head-sample", "60", "--device", "cpu", "--dtype", "fp32"]
 
     ranks = tmp_path / "ranks" / "pretrain" / "r"
     process = torchrun(2, arguments("ranks"))
@@ -53,7 +53,7 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
     os.kill(second, signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode and err.count("stopped at step") == 1, err
-    assert 0 < (stopped := torch.load(ranks / "last.pt", weights_only=True)["step"]) < 80
+    assert 0 < torch.load(ranks / "last.pt", weights_only=True)["step"] < 240  # seconds of steps: a busy machine may be late
     process = torchrun(3, arguments("ranks"))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
@@ -61,12 +61,29 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments("one")])
     pretraining.main()
     one = tmp_path / "one" / "pretrain" / "r"
-    assert len(losses(one)) == 80 > stopped and losses(ranks) == pytest.approx(losses(one), abs=2e-4)
+    assert len(losses(one)) == 120 and losses(ranks) == pytest.approx(losses(one), abs=2e-4)
     a, b = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (ranks, one))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=0)
     results = [json.loads((folder / "results.json").read_text(encoding="utf-8")) for folder in (ranks, one)]
     assert results[0]["held_out_loss"] == pytest.approx(results[1]["held_out_loss"], abs=1e-4)
+
+
+@pytest.mark.skipif(not pretraining.can_compile(True), reason="no C++ compiler")
+def test_compiled_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    articles = write_articles(tmp_path / "wiki.jsonl.gz", 150)
+
+    def arguments(runs: str) -> list[str]:
+        return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(tmp_path / runs), "--name", "r", "--batch-size", "4",
+                "--steps", "6", "--device", "cpu", "--dtype", "fp32"]
+
+    process = torchrun(2, [*arguments("ranks"), "--compile"])
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and "2 ranks" in out, err
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments("one")])
+    pretraining.main()
+    ranks, one = (losses(tmp_path / runs / "pretrain" / "r") for runs in ("ranks", "one"))
+    assert len(one) == 6 and ranks == pytest.approx(one, abs=2e-4)
 
 
 def test_bad_input_on_several_ranks_is_one_line(tmp_path: Path) -> None:

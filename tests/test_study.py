@@ -70,6 +70,24 @@ def test_tables_and_figures(study: Path, tmp_path: Path) -> None:
     assert all(p.read_bytes().startswith(b"\x89PNG") and f"results/figures/{p.name}" in text for p in (tmp_path / "figures").glob("*.png"))
 
 
+def test_every_table_stands_in_one_of_the_readmes() -> None:
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "results/README.md")]
+    assert {name: sum(text.count(f"<!--study:{name}-->") for text in texts) for name in figures.SECTIONS} == dict.fromkeys(figures.SECTIONS, 1)
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_links_within_the_repository_lead_somewhere(name: str) -> None:
+    def anchors(path: Path) -> set[str]:  # as GitHub makes them of headings
+        headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+    found = re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", (ROOT / name).read_text(encoding="utf-8"))
+    assert found
+    for file, anchor in found:
+        path = ((ROOT / name).parent / file) if file else ROOT / name
+        assert path.is_file() and (not anchor or anchor in anchors(path)), f"{name}: {file}#{anchor}"
+
+
 def test_figures_refuse_what_they_do_not_know(study: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     for content, folder, message in (("<!--study:c1-->\nrest", study, "no <!--end-->"), ("", tmp_path / "nothing", "no such folder")):
