@@ -358,13 +358,13 @@ def result_record(settings: dict, seconds: float, **more) -> dict:
     machine = {"system": platform.platform(terse=True), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if torch.cuda.is_initialized():  # there is one, and it was used
         machine["gpu"] = torch.cuda.get_device_name()
+    here, script = Path(__file__).resolve().parent, Path(sys.argv[0]).resolve()
     git = None
     with contextlib.suppress(OSError):
-        here = Path(__file__).resolve().parent
         found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True, check=False)
         git = found.stdout.strip() or None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["python", script.relative_to(here).as_posix() if here in script.parents else script.name, *sys.argv[1:]])
     return {"command": command, "machine": machine, "versions": versions, "git": git, "seconds": round(seconds, 1),
             "settings": settings, **more}
 

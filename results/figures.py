@@ -302,22 +302,23 @@ def wide(cells: dict[str, Cell]) -> str:
 
 def wider(cells: dict[str, Cell]) -> str:
     """The wider BERT-1 on test rows, with openings and with whole articles."""
-    rows, gaps = [], dict[str, list[float]]()
+    rows, gaps = [], dict[str, list[list[float]]]()
     titles = {"openings": "90,000 openings (the command above)", "whole": "125,000 whole articles, answers among 4,000 pieces"}
     for name, title in titles.items():
         cell = Cell(HERE / f"committee-fewrel-wide-{name}.json")
         for model in ("bert-6", "bert-1"):
             accuracies = (with_interval(cell.accuracies("fewrel", model, kind)) for kind in ("pretrained", "scratch"))
             rows.append([title, model, *accuracies, difference(cell.gaps("fewrel", model))])
-            gaps.setdefault(model, []).extend(cell.gaps("fewrel", model))
-    both = "; ".join(f"{model} {difference(values)}" for model, values in gaps.items())
+            gaps.setdefault(model, []).append(cell.gaps("fewrel", model))
+    means = {model: np.mean(values, axis=0) for model, values in gaps.items()}  # of the two runs, seed by seed
+    both = "; ".join(f"{model} {difference(list(values))}" for model, values in means.items())
     return (table(["", "model", "pre-trained, %", "from scratch, %", "gap"], rows)
-            + f"\n\nBoth runs together, {len(gaps['bert-1'])} seeds: {both}.")
+            + f"\n\nMean of both runs, {len(means['bert-1'])} seeds: {both}.")
 
 
 def more_text(cells: dict[str, Cell]) -> str:
-    return "\n\n".join(arms_table(f"recipe-text-{name}-*.json", f"the last row's settings, {how}") for name, how in (
-        ("counts", "counted alone, without a step of training (and so a plateau to leave)"),
+    return "\n\n".join(arms_table(f"recipe-text-{name}-*.json", f"the settings of the last row above, {how}") for name, how in (
+        ("counts", "counted alone, without a step of training"),
         ("seven-minutes", "seven minutes on one core of an EPYC"), ("eleven-minutes", "eleven minutes on one core of an EPYC")))
 
 

@@ -295,7 +295,9 @@ def test_ablation_script(material: Path) -> None:
     out = material / "ablation.json"
     shown = run("results/ablate.py", *sources(material), "--task", "fewrel", "--tuning-rows", "4", "--seeds", "2", "--out", out,
                 "--arms", '{"smoke": {}, "counts": {"count_start": 0.1, "vocab_size": 200}}')
-    arms = json.loads(out.read_text(encoding="utf-8"))["arms"]
+    record = json.loads(out.read_text(encoding="utf-8"))
+    arms = record["arms"]
+    assert record["command"].startswith("python results/ablate.py --"), "a command to repeat, from the repository's root"
     assert [len(arm["held_out_loss"]) for arm in arms.values()] == [2, 2] and set(arms) == {"smoke", "counts"}
     assert all(len(arm["tasks"]["fewrel"]["models"]["bert-1"][kind]) == 2 for arm in arms.values() for kind in ("pretrained", "scratch"))
     assert all(len(arm["break_seconds"]) == 2 for arm in arms.values())
