@@ -336,12 +336,11 @@ def speed(cells: dict[str, Cell]) -> str:
             continue  # of --grow, --profile, --together
         rows = []
         for r in record["rows"]:
-            limit = f" ({100 * r['share_of_limit']:.0f} % of the machine's limit)" if "share_of_limit" in r else ""
             ours, theirs = (f"{r[side]:,.0f}" if r[side] >= 1_000 else f"{r[side]:.3g}" for side in ("ours", "reference"))
             aim = f"{r['reference']:.3g} {r['unit']}" if r.get("reference_is") else f"{r['target']:.1f}"
             ratio = "" if r.get("reference_is") else f"{r['ratio']:.1f}"
             theirs = "" if r.get("reference_is") else theirs
-            rows.append([r["name"].strip(), ours + limit, theirs, r["unit"], ratio, aim + ("" if r["met"] else ", not met")])
+            rows.append([r["name"].strip(), ours, theirs, r["unit"], ratio, aim + ("" if r["met"] else ", not met")])
         machine = record["machine"]
         given = record["settings"]
         texts.append(f"{machine.get('gpu') or machine['cpu']}, {machine['cores']} cores; {record['hardware']}; texts of {given['task']}, "
