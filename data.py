@@ -235,7 +235,11 @@ def _with_retries(url: str, by_hand: Path | None, attempt: Callable[[], Result])
         except _Passing as error:
             problem, wait = error.args[0], error.args[-1] if len(error.args) > 1 else 0.0
         if number < ATTEMPTS:
-            time.sleep(min(max(wait, BACKOFF_SECONDS * 2 ** (number - 1)), LONGEST_WAIT_SECONDS))
+            pause = min(max(wait, BACKOFF_SECONDS * 2 ** (number - 1)), LONGEST_WAIT_SECONDS)
+            if pause > 2:  # long enough to be wondered at
+                what = problem if isinstance(problem, str) else type(problem).__name__
+                tqdm.write(f"note: {url}: {what}; trying again in {pause:.0f} s", file=sys.stderr)
+            time.sleep(pause)
     raise InputError(f"{url} cannot be fetched ({problem}): check the network" + (f", or put the file at {by_hand} by hand"
                      if by_hand else "") + "; `python committee.py` with no flags needs only the Python package index")
 

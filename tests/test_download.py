@@ -278,13 +278,15 @@ def test_bad_redirects(server, tmp_path, word):
 
 
 @pytest.mark.parametrize("after, least", [("3", 3.0), (None, 4.0), ("99999", 120.0), ("soon", 0.01)])
-def test_retry_after(server, tmp_path, monkeypatch, after, least):
+def test_retry_after(server, tmp_path, monkeypatch, capsys, after, least):
     slept: list[float] = []
     monkeypatch.setattr(data.time, "sleep", lambda seconds: slept.append(seconds) if threading.current_thread() is main else None)
     main = threading.current_thread()
     server.behaviours["/f.bin"] = ["429:" + (after or formatdate(time.time() + 6, usegmt=True))]
     assert fetch(server, tmp_path).read_bytes() == BODY
     assert len(slept) == 1 and least <= slept[0] <= max(least, 6.5)
+    note = f"note: {server.url}/f.bin: status 429; trying again in {slept[0]:.0f} s"
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")] == [note] * (slept[0] > 2)
 
 
 def test_waits_grow(server, tmp_path, monkeypatch):
@@ -295,6 +297,14 @@ def test_waits_grow(server, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="status 503"):
         fetch(server, tmp_path)
     assert slept == [0.01 * 2 ** i for i in range(data.ATTEMPTS - 1)]
+
+
+def test_a_script_without_a_network_ends_in_one_line(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(Path(data.__file__).parent)!r}); import data; data.BACKOFF_SECONDS = 0.01; data.run_script(data.main)"
+    found = subprocess.run([sys.executable, "-c", code, "fetch", "--task", "fewrel", "--raw-dir", tmp_path], capture_output=True, text=True,
+                           encoding="utf-8", env={**os.environ, "https_proxy": "http://127.0.0.1:9"}, check=False)  # which leads nowhere
+    (line,) = found.stderr.splitlines()
+    assert found.returncode == 2 and line.startswith("error: ") and "train_wiki.json" in line and "check the network" in line
 
 
 def test_no_network_says_what_can_be_done(server, tmp_path):

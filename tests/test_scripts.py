@@ -383,12 +383,11 @@ def test_data_script(material: Path) -> None:
     (["finetune.py", "--task-file", "TRAIN", "--articles", "ARTICLES", "--width", "100", "--preset", "smoke"], "--width: width 100"),
     (["finetune.py", "--task-file", "ARTICLES", "--articles", "ARTICLES"], "line 1"),
     (["committee.py", "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW"], "--min-class-size"),
-    (["data.py", "fetch", "--task", "fewrel", "--raw-dir", "EMPTY"], "train_wiki.json"),
     (["results/ablate.py", "--task", "fewrel", "agnews", "--out", "x.json"], "one named --task"),
     (["results/ablate.py", "--arms", '{"a": {"heads": 2, "wdith": 64}}', "--out", "x.json"], "wdith: 64 is no setting"),
 ])
 def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str], message: str) -> None:
-    names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw", "EMPTY": material / "empty",
+    names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw",
              "PACKED": material / "d.xml.gz"}
     names["PACKED"].write_bytes(gzip.compress(b"<mediawiki></mediawiki>"))
     if message == "--device cpu" and __import__("torch").cuda.is_available():
