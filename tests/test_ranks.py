@@ -28,6 +28,11 @@ def torchrun(processes: int, arguments: list[str]) -> subprocess.Popen:
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def smoke(articles: Path, runs: Path) -> list[str]:
+    return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(runs), "--name", "r", "--batch-size", "4", "--device", "cpu",
+            "--dtype", "fp32"]
+
+
 def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [line["loss"] for line in lines if "loss" in line]
@@ -39,8 +44,7 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
     articles = write_articles(tmp_path / "wiki é.jsonl.gz", 150)
 
     def arguments(runs: str) -> list[str]:
-        return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(tmp_path / runs), "--name", "r", "--batch-size", "4",
-                "--steps", "240", "--micro-batch", "1", "--head-sample", "60", "--device", "cpu", "--dtype", "fp32"]
+        return [*smoke(articles, tmp_path / runs), "--steps", "240", "--micro-batch", "1", "--head-sample", "60"]
 
     ranks = tmp_path / "ranks" / "pretrain" / "r"
     process = torchrun(2, arguments("ranks"))
@@ -72,15 +76,10 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.skipif(not pretraining.can_compile(True), reason="no C++ compiler")
 def test_compiled_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     articles = write_articles(tmp_path / "wiki.jsonl.gz", 150)
-
-    def arguments(runs: str) -> list[str]:
-        return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(tmp_path / runs), "--name", "r", "--batch-size", "4",
-                "--steps", "6", "--device", "cpu", "--dtype", "fp32"]
-
-    process = torchrun(2, [*arguments("ranks"), "--compile"])
+    process = torchrun(2, [*smoke(articles, tmp_path / "ranks"), "--steps", "6", "--compile"])
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and "2 ranks" in out, err
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments("one")])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *smoke(articles, tmp_path / "one"), "--steps", "6"])
     pretraining.main()
     ranks, one = (losses(tmp_path / runs / "pretrain" / "r") for runs in ("ranks", "one"))
     assert len(one) == 6 and ranks == pytest.approx(one, abs=2e-4)
