@@ -9,7 +9,6 @@ what is reported is the accuracy after the last epoch.
     python finetune.py --checkpoint RUN --task agnews --confusion --plot                 what it mixes up; the bars
     python finetune.py --predict "Some text." RUN                                        a finished run at work
     python finetune.py --predict-file FILE RUN                                           on every line of a file (-: of stdin)
-    python finetune.py --export DIR RUN                                                  a folder for Hugging Face
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from data import (DeviceTable, InputError, Task, add_source_flags, fingerprints,
                   run_script, to_device, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_recipe_flags, add_run_flags,
-                      can_compile, choose_hardware, chosen_recipe, config_of, export_model, import_checkpoint, kept_out_of, load_checkpoint,
+                      can_compile, choose_hardware, chosen_recipe, config_of, kept_out_of, load_checkpoint,
                       load_settings, load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting,
                       settings_hash, short_memory_named, tokenizer_of, train, weights_hash, write_json)
 from tokenizer import ENTITIES, Parser, Tokenizer
@@ -425,16 +424,15 @@ def finetune_twins(task: Task, label: str, starts: list[Start], recipe: Finetune
 
 def command_line() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("run", nargs="?", type=Path, help="with --predict or --export: a finished run under runs/finetune/")
+    parser.add_argument("run", nargs="?", type=Path, help="with --predict: a finished run under runs/finetune/")
     parser.add_argument("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN",
-                        help="pre-training runs to start from; hf:DIR is a Hugging Face folder (types bert, megatron-bert)")
+                        help="pre-training runs to start from")
     parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="also train the twin from scratch")
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
     parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
     parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
     parser.add_argument("--confusion", action="store_true", help="also print the most confused classes, with test texts")
     parser.add_argument("--plot", action="store_true", help="also draw the accuracies, beside the table's .json (needs matplotlib)")
-    parser.add_argument("--export", type=Path, metavar="DIR", help="write RUN as a Hugging Face model folder DIR")
     add_predict_flags(parser)
     add_run_flags(parser)
     add_source_flags(parser)
@@ -450,21 +448,13 @@ def main() -> None:
             raise InputError("--predict needs the folder of a finished run, under runs/finetune/")
         answer(args, Predictor(args.run, hardware))
         return
-    if args.export:
-        if not args.run:
-            raise InputError("--export needs the folder of a finished run, under runs/finetune/")
-        classes = load_settings(args.run, "finetune")["classes"]
-        export_model(load_classifier(args.run), tokenizer_of(args.run, "finetune"), args.export, classes)
-        return
     if args.run:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")
     recipe = chosen_recipe(args, PRESETS)
     print(hardware.reason, flush=True)
-    brought = ["articles", "wiki", "articles_count", "whole_articles", "arm", "width"]  # along, by a pre-training run
-    brought += ["tokenizer"] * all(not str(checkpoint).startswith("hf:") for checkpoint in args.checkpoint)
+    brought = ["articles", "wiki", "articles_count", "whole_articles", "arm", "width", "tokenizer"]  # along, by a pre-training run
     if given := [f"--{name.replace('_', '-')}" for name in brought if args.checkpoint and getattr(args, name)]:
         print(f"note: {', '.join(given)}: without effect, a --checkpoint has its own text, tokenizer and shape", flush=True)
-    args.checkpoint = [import_checkpoint(checkpoint, args.tokenizer, args.runs_dir) for checkpoint in args.checkpoint]
     tasks = load_tasks(args)
     starts = starting_points(args, tasks)
     started = time.perf_counter()

@@ -1,7 +1,6 @@
 """model.py - all the mathematics: a BERT of any depth and width, its two heads, and the soft committee's forward pass.
 
-Reads top-down: configuration -> attention -> layer -> convolutional stem -> BERT -> heads -> committee; at the end,
-the names that Hugging Face gives to the same tensors.
+Reads top-down: configuration -> attention -> layer -> convolutional stem -> BERT -> heads -> committee.
 Third of the six files. Where it stands: `data.py` makes batches of token ids; `pretrain.py` trains `MaskedLM`, `finetune.py` trains
 `Classifier`, `committee.py` lets several classifiers vote. This file imports nothing of the project, and is
 the only one that is not run. To see it at work: python pretrain.py --show "Paris is the [MASK] of France." runs/pretrain/RUN
@@ -18,13 +17,8 @@ K committee members, N channels of the convolutional stem.
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO
 
 import torch
 import torch.nn.functional as F
@@ -508,139 +502,3 @@ def count_operations(config: BertConfig, tokens: int, classes: int = 0, masked: 
     stem = sum(2 * T * C * n * m * k * k for n, m, k in zip(channels, channels[1:], (*config.conv_kernels, 1)))
     head = 2 * masked * C * (C + config.vocab_size) + (2 * C * (config.pooled_width + classes) if classes else 0)
     return config.layers * layer + (stem if config.conv_kernels else 0) + head
-
-
-# -------------------------------------------------------------------------------------- Hugging Face's names
-# BERT is their type "bert", a pre-norm model their "megatron-bert"; convolutions and other pooling than cls have no counterpart there.
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
-TIED = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",  # a copy -> the tensor it repeats
-        "cls.predictions.decoder.bias": "cls.predictions.bias"}
-UNUSED = re.compile(r"bert\.embeddings\.position_ids|bert\.pooler\.dense\.\w+|cls\.seq_relationship\.\w+")
-
-
-def hugging_face_names(model: MaskedLM | Classifier) -> dict[str, list[str]]:
-    """Their name of each of a model's tensors; three, to be concatenated, of the fused projection."""
-    norms = ("attention.ln", "ln") if model.config.norm == "pre" else ("attention.output.LayerNorm", "output.LayerNorm")
-    names = {"bert.token": "bert.embeddings.word_embeddings", "bert.position": "bert.embeddings.position_embeddings",
-             "bert.embedding_norm": "bert.embeddings.LayerNorm", "bert.final_norm": "bert.encoder.ln",
-             "dense": "cls.predictions.transform.dense", "norm": "cls.predictions.transform.LayerNorm", "": "cls.predictions",
-             "pooler": "bert.pooler.dense", "output": "classifier"}
-    inside = {"attention.qkv": "attention.self.{}", "attention.out": "attention.output.dense", "attention_norm": norms[0],
-              "mlp_in": "intermediate.dense", "mlp_out": "output.dense", "mlp_norm": norms[1]}
-    for i in range(model.config.layers):
-        names |= {f"bert.layers.{i}.{ours}": f"bert.encoder.layer.{i}.{theirs}" for ours, theirs in inside.items()}
-    split = ((name, *name.rpartition(".")[::2]) for name in model.state_dict())  # name, its module's, "weight" or "bias"
-    return {name: [f"{names[module].format(one)}.{part}" for one in (("query", "key", "value") if "qkv" in module else [""])]
-            for name, module, part in split}
-
-
-def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -> tuple[dict, dict[str, Tensor]]:
-    """(config.json, tensors by their names). classes: a classifier's. Raises ValueError for what cannot be said there."""
-    c, pre, classifier = model.config, model.config.norm == "pre", isinstance(model, Classifier)
-    if what := ("a convolutional stem" if c.conv_kernels else "--short-conv" if c.short_conv else
-                f"{c.pooling} pooling" if classifier and c.pooling != "cls" else ""):
-        raise ValueError(f"{what} has no counterpart in Hugging Face's BERT: only models without convolutions, and classifiers with "
-                         "--pooling cls, can be exported")
-    tensors = {TYPE_TABLE: torch.zeros(1, c.width)}  # for the one segment; what it adds is in our position table
-    for name, theirs in hugging_face_names(model).items():
-        tensors |= zip(theirs, model.state_dict()[name].cpu().chunk(len(theirs)))
-    architecture = ("MegatronBert" if pre else "Bert") + ("ForSequenceClassification" if classifier else "ForMaskedLM")
-    labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
-    return {"architectures": [architecture], "model_type": "megatron-bert" if pre else "bert", "dtype": "float32",
-            "vocab_size": c.vocab_size, "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
-            "intermediate_size": 4 * c.width, "hidden_act": "gelu", "hidden_dropout_prob": c.dropout,
-            "attention_probs_dropout_prob": c.attention_dropout, "max_position_embeddings": c.max_length, "type_vocab_size": 1,
-            "initializer_range": c.init_std, "layer_norm_eps": c.norm_eps, "pad_token_id": PAD, "tie_word_embeddings": True,
-            **(labels if classifier else {})}, tensors
-
-
-def from_hugging_face(folder: Path) -> tuple[BertConfig, dict[str, Tensor], list[str]]:
-    """A folder of theirs -> (configuration, our weights, class names): those of a Classifier; without classes, of a
-    MaskedLM; without the tensors of a head, of its `bert` alone. Raises ValueError, naming what does not fit."""
-    try:
-        settings, file = json.loads((folder / "config.json").read_text(encoding="utf-8")), folder / "model.safetensors"
-        found = read_safetensors(file) if file.exists() else torch.load(folder / "pytorch_model.bin", "cpu", weights_only=True)
-        config = config_from_hugging_face(settings)
-        weights, classes = weights_from_hugging_face(config, found)
-        labels = settings.get("id2label") or {}
-        return config, weights, [str(labels.get(str(i), f"LABEL_{i}")) for i in range(classes)]
-    except Exception as error:  # a damaged file raises one of a dozen kinds, a missing setting a KeyError
-        what = " ".join(str(error).split()) if isinstance(error, ValueError | RuntimeError) else repr(error)
-        raise ValueError(f"{folder}: cannot be imported: {what}") from None
-
-
-def config_from_hugging_face(settings: dict) -> BertConfig:
-    kind, width = settings["model_type"], settings["hidden_size"]
-    only = {"model_type": kind if kind == "megatron-bert" else "bert", "intermediate_size": 4 * width, "hidden_act": "gelu",
-            "position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False,
-            "tie_word_embeddings": True, "pad_token_id": PAD}
-    if wrong := [f"{key} {settings[key]!r} (only {value!r})" for key, value in only.items() if settings.get(key, value) != value]:
-        raise ValueError(f"config.json asks for what this BERT does not have: {', '.join(wrong)}")
-    return BertConfig(
-        vocab_size=settings["vocab_size"], layers=settings["num_hidden_layers"], width=width,
-        heads=settings["num_attention_heads"], max_length=settings["max_position_embeddings"],
-        dropout=settings.get("hidden_dropout_prob", 0.1), attention_dropout=settings.get("attention_probs_dropout_prob", 0.1),
-        norm="post" if kind == "bert" else "pre", norm_eps=settings.get("layer_norm_eps", 1e-12),
-        init_std=settings.get("initializer_range", 0.02))
-
-
-def weights_from_hugging_face(config: BertConfig, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Their tensors -> (ours, number of classes); every one of theirs is used, or known to be of no use here."""
-    found = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name)): t for name, t in found.items()}  # names of 2018
-    if "embeddings.word_embeddings.weight" in found:  # a bare BertModel
-        found = {f"bert.{name}": t for name, t in found.items()}
-    for copy, name in TIED.items():
-        if copy in found and not torch.equal(found.setdefault(name, found[copy]), found.pop(copy)):
-            raise ValueError(f"{copy} is not tied to {name}, as it is here")
-    classes = len(found.get("classifier.weight", ()))
-    with torch.device("meta"):
-        model = Classifier(config, classes) if classes else MaskedLM(config)
-    headless = not any(name.startswith(("cls.predictions.", "classifier.")) for name in found)
-    names = {k: v for k, v in hugging_face_names(model).items() if not headless or k.startswith("bert.")}
-    wanted = {TYPE_TABLE, *(name for theirs in names.values() for name in theirs)}
-    missing, unknown = wanted - set(found), {name for name in set(found) - wanted if not UNUSED.fullmatch(name)}
-    if missing or unknown:
-        raise ValueError(f"missing tensors: {sorted(missing)[:9]}, unknown tensors: {sorted(unknown)[:9]}")
-    found = {name: t if t.dtype == torch.float64 else t.float() for name, t in found.items()}
-    weights = {ours: torch.cat([found[name] for name in theirs]) for ours, theirs in names.items()}
-    weights["bert.position.weight"] += found[TYPE_TABLE][0]  # there is one segment, so its row is a constant
-    model.load_state_dict(weights, strict=False, assign=True)  # for its check of the shapes
-    return weights, classes
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file: the header's length (8 bytes), the header (JSON), the numbers (little-endian).
-
-    Raises ValueError where these do not fit together. Source: https://github.com/huggingface/safetensors, "Format".
-    """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        space, at, tensors = path.stat().st_size - 8 - length, 0, {}  # space: bytes of numbers
-        if space < 0:
-            raise ValueError(f"{path.name} is not a safetensors file, or cut short")
-        header = json.loads(file.read(length))
-        for start, end, name, kind, shape in sorted((*e["data_offsets"], name, e["dtype"], e["shape"])
-                                                    for name, e in header.items() if name != "__metadata__"):
-            size = math.prod(shape)
-            if kind not in SAFETENSORS or min(shape, default=0) < 0 or not start == at <= end <= space \
-                    or end - start != size * SAFETENSORS[kind].itemsize:
-                raise ValueError(f"{path.name}: type {kind}, shape {shape} and offsets {start} to {end} of {name} do not fit")
-            data, at = bytearray(file.read(end - start) or 8), end  # (a tensor without numbers still needs a buffer)
-            tensors[name] = torch.frombuffer(data, dtype=SAFETENSORS[kind])[:size].view(shape)
-    if at != space:
-        raise ValueError(f"{path.name}: {space - at} bytes belong to no tensor")
-    return tensors
-
-
-def write_safetensors(tensors: dict[str, Tensor], file: IO[bytes]) -> None:
-    """Write tensors into a file open for bytes, as read_safetensors reads them."""
-    header: dict[str, dict]
-    kinds, header, at = {dtype: kind for kind, dtype in SAFETENSORS.items()}, {"__metadata__": {"format": "pt"}}, 0
-    for name, t in tensors.items():
-        header[name] = {"dtype": kinds[t.dtype], "shape": list(t.shape), "data_offsets": [at, at := at + t.nbytes]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the numbers are aligned
-    file.write(len(text).to_bytes(8, "little") + text)
-    for t in tensors.values():
-        file.write(t.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())

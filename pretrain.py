@@ -9,7 +9,6 @@ Fourth of the six files, after tokenizer.py, data.py and model.py. Its loop (`tr
     python pretrain.py --show "Paris is the [MASK] of France." runs/pretrain/bert-1-...  every shape, each head's attention
     python pretrain.py --plot runs/pretrain/bert-1-... runs/pretrain/bert-6-...          the loss curves
     torchrun --nproc_per_node=2 pretrain.py --model bert-6                               one run on several processes or GPUs
-    python pretrain.py --export DIR runs/pretrain/bert-1-...                             a folder for Hugging Face
 
 References
 1) BERT's masking and head: Devlin et al., https://arxiv.org/abs/1810.04805
@@ -54,9 +53,8 @@ from tqdm import tqdm
 
 from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, full_disk_named, load_corpus,
                   load_tasks, run_script, write_atomically)
-from model import (MODELS, POOLINGS, Attention, BertConfig, Classifier, MaskedLM, attention_weights, count_parameters, from_hugging_face,
-                   named_config, to_hugging_face, write_safetensors)
-from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer, hugging_face_files
+from model import MODELS, POOLINGS, Attention, BertConfig, MaskedLM, attention_weights, count_parameters, named_config
+from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------- recipes
@@ -1057,6 +1055,16 @@ def load_pretrained(folder: Path) -> tuple[BertConfig, dict[str, Tensor], Tokeni
     return config_of(folder), load_checkpoint(folder)["model"], tokenizer_of(folder)
 
 
+def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
+    """The model of a pre-training run, ready to be used, on the CPU."""
+    config, weights, tokenizer = load_pretrained(folder)
+    if "dense.weight" not in weights:
+        raise InputError(f"{folder}: was imported without a masked-language-model head; it can only be fine-tuned")
+    model = MaskedLM(config).eval()
+    load_weights(model, weights, folder)
+    return model, tokenizer
+
+
 def ids_with_masks(text: str, tokenizer: Tokenizer, config: BertConfig) -> Tensor:
     """A user's text as input_ids (1, T), with [MASK] where it says so."""
     pieces = [tokenizer.pieces.encode(part) for part in text.split("[MASK]")]
@@ -1171,83 +1179,6 @@ def read_log(folder: Path) -> list[dict]:
     return log
 
 
-# ------------------------------------------------------------------------------------------- to and from Hugging Face
-def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
-    """The model of a pre-training run, ready to be used, on the CPU."""
-    config, weights, tokenizer = load_pretrained(folder)
-    if "dense.weight" not in weights:
-        raise InputError(f"{folder}: was imported without a masked-language-model head; it can only be fine-tuned")
-    model = MaskedLM(config).eval()
-    load_weights(model, weights, folder)
-    return model, tokenizer
-
-
-def export_model(model: MaskedLM | Classifier, tokenizer: Tokenizer, folder: Path, classes: Sequence[str] = ()) -> None:
-    """Write a folder that Hugging Face's AutoModelFor..., AutoTokenizer and pipelines read, and --checkpoint hf:DIR too.
-
-    It gets its name when it is complete. Raises InputError if it exists, or the model has no counterpart there.
-    """
-    try:
-        config, tensors = to_hugging_face(model, classes)
-    except ValueError as error:
-        raise InputError(f"--export: {error}") from None
-    folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"--export {folder}: is there already and not empty; name a new folder")
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    try:
-        for name, record in {"config.json": config, **hugging_face_files(tokenizer, model.config.max_length)}.items():
-            write_json(part / name, record)
-        with write_atomically(part / "tokenizer.model") as file:
-            file.write(tokenizer.model)
-        with write_atomically(part / "model.safetensors") as file:
-            write_safetensors(tensors, file)
-        if folder.exists():
-            folder.rmdir()
-        part.rename(folder)
-    except OSError as error:
-        raise InputError(f"--export {folder}: {error.strerror}; name a folder that can be written") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    print(f"{folder}: {config['architectures'][0]} with its tokenizer, for transformers' from_pretrained")
-
-
-def import_checkpoint(checkpoint: Path, tokenizer_file: Path | None, runs_dir: Path) -> Path:
-    """A checkpoint "hf:DIR" (a Hugging Face folder of type bert or megatron-bert) as a pre-training run, made under
-    runs_dir if it is not there yet; any other checkpoint is a run already.
-
-    tokenizer_file: to be used instead of the tokenizer.model which our export leaves in DIR. Raises InputError.
-    """
-    if not str(checkpoint).startswith("hf:"):
-        return checkpoint
-    folder = Path(str(checkpoint).removeprefix("hf:"))
-    own = folder / "tokenizer.model"
-    if not (tokenizer_file or own.exists()) and folder.is_dir():
-        raise InputError(f"{folder}: has no tokenizer.model, so its tokenizer (a WordPiece vocab.txt?) differs from ours, and its "
-                         "embedding rows belong to other tokens; --tokenizer FILE.model goes on in spite of that")
-    try:
-        config, weights, _ = from_hugging_face(folder)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    tokenizer = Tokenizer.load(tokenizer_file or own)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(f"{folder}: has {config.vocab_size} embedding rows, the tokenizer {tokenizer.vocab_size} pieces; "
-                         "give a smaller one with --tokenizer")
-    if not own.exists() or own.read_bytes() != tokenizer.model:
-        print(f"note: {folder} was trained with another tokenizer than {tokenizer_file}: its embedding rows belong to other "
-              "tokens, so only its layers bring knowledge along", flush=True)
-    weights = {name: t for name, t in weights.items() if not name.startswith(("pooler.", "output."))}  # of a classifier
-    label = f"hf-{folder.resolve().name}"
-    settings = {"kind": "pretrain", "model": label, "config": dataclasses.asdict(config), "seed": 0, "tokenizer": tokenizer.hash,
-                "weights": weights_hash(weights)}
-    run_folder = runs_dir / "pretrain" / f"{label}-{settings_hash(settings)}"
-    with Run(run_folder, settings, tokenizer):
-        if not (run_folder / "last.pt").exists():
-            with write_atomically(run_folder / "last.pt") as file:
-                torch.save({"step": 0, "model": weights, "optimizers": []}, file)
-    return run_folder
-
-
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="architecture (default %(default)s)")
@@ -1258,7 +1189,6 @@ def main() -> None:
                         "attention; the text may hold [MASK]")
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw the loss curves of these runs, into the first one's "
                         "loss.png (needs matplotlib)")
-    parser.add_argument("--export", nargs=2, type=Path, metavar=("DIR", "RUN"), help="write RUN as a Hugging Face folder DIR")
     add_run_flags(parser)
     add_source_flags(parser)
     add_recipe_flags(parser, PretrainRecipe, PRESETS, "recipe")
@@ -1272,10 +1202,6 @@ def main() -> None:
         return
     if args.plot:
         plot_losses(args.plot)
-        return
-    if args.export:
-        model, tokenizer = load_masked_lm(args.export[1])
-        export_model(model, tokenizer, args.export[0])
         return
     with ranks():
         with rank_0_first():

@@ -11,14 +11,12 @@ the model (case-folded, Unicode NFKC), so that nothing comes from outside. First
 from __future__ import annotations
 
 import argparse
-import base64
 import difflib
 import hashlib
 import io
 import os
 import re
 import signal
-import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -80,8 +78,10 @@ def run_script(main: Callable[[], object]) -> None:
 class Parser(argparse.ArgumentParser):
     """argparse with a script's docstring as its help page, and one line, with the nearest valid name, for a wrong flag or value."""
 
-    def __init__(self, page: str | None) -> None:
-        super().__init__(usage="python %(prog)s [flags]", description=page, formatter_class=argparse.RawDescriptionHelpFormatter)
+    def __init__(self, page: str | None = None, **more: Any) -> None:
+        if "prog" not in more:  # a script's own page; a subcommand's usage names its arguments
+            more["usage"] = "python %(prog)s [flags]"
+        super().__init__(description=page, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
 
     def error(self, message: str) -> NoReturn:
         flags = [flag for action in self._actions for flag in action.option_strings]
@@ -207,73 +207,6 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
             os.replace(part, place)  # a model that was there before stays until the new one is whole
         finally:
             part.unlink(missing_ok=True)
-
-
-# ------------------------------------------------------------------------------------------- for Hugging Face
-def protobuf_fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value: int or bytes) of a protobuf message's fields; a .model is one, and `import google.protobuf` would be a dependency.
-
-    Source: https://protobuf.dev/programming-guides/encoding/ and sentencepiece_model.proto (the numbers below are its).
-    """
-    at = 0
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte, at = message[at], at + 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        else:
-            size = {1: 8, 5: 4}.get(kind) or varint()
-            yield number, message[at : at + size]
-            at += size
-
-
-def hugging_face_files(tokenizer: Tokenizer, max_length: int) -> dict[str, dict]:
-    """tokenizer.json and tokenizer_config.json, with which Hugging Face's AutoTokenizer gives the same ids.
-
-    Where it cannot: it knows no marks around entities; it takes "[MASK]" and the other special tokens in a text for those tokens
-    (its fill-mask needs that); it drops a combining mark or joiner after a capital or other character that the normalisation
-    replaces, unless the two have a composed form; it composes marks that stand in an unusual order; and of segmentations with
-    equal scores it may choose another. Raises InputError for a .model unlike ours.
-    """
-    fields = list(protobuf_fields(tokenizer.model))
-    pieces = [dict(protobuf_fields(value)) for number, value in fields if number == 1]  # 1 piece, 2 score, 3 type (1: normal)
-    trainer, rules = ({k: v for number, value in fields if number == n for k, v in protobuf_fields(value)} for n in (2, 3))
-    # trainer 3: 1 is unigram; rules 2: the charsmap, 3: a blank before the text, 4: single blanks, 5: blanks become U+2581
-    plain = trainer.get(3, 1) == 1 and all(p.get(3, 1) == 1 for p in pieces[FIRST_PIECE:])
-    if not plain or not all(rules.get(n, 1) for n in (3, 4, 5)):
-        raise InputError("this .model is not a plain unigram model as tokenizer.py --train makes it: it cannot be exported")
-    charsmap = [{"type": "Precompiled", "precompiled_charsmap": base64.b64encode(rules[2]).decode()}] if rules.get(2) else []
-    specials = [piece[1].decode() for piece in pieces[:FIRST_PIECE]]
-    cls, sep = ({"SpecialToken": {"id": special, "type_id": 0}} for special in ("[CLS]", "[SEP]"))
-    text, second = ({"Sequence": {"id": letter, "type_id": 0}} for letter in "AB")
-    blanks = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True}
-    contents = {
-        "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [{"id": i, "content": special, "special": True, "normalized": False, "single_word": False,
-                          "lstrip": False, "rstrip": False} for i, special in enumerate(specials)],
-        "normalizer": {"type": "Sequence", "normalizers": [
-            {"type": "NFC"}, *charsmap,  # its Precompiled takes only the first letter of a short, decomposed one: compose before
-            {"type": "Replace", "pattern": {"Regex": " +$"}, "content": ""},
-            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
-        "pre_tokenizer": blanks, "decoder": blanks,
-        "post_processor": {"type": "TemplateProcessing", "single": [cls, text, sep], "pair": [cls, text, sep, second, sep],
-                           "special_tokens": {s: {"id": s, "ids": [i], "tokens": [s]} for i, s in enumerate(specials)}},
-        "model": {"type": "Unigram", "unk_id": UNK, "byte_fallback": False,
-                  "vocab": [[piece[1].decode(), struct.unpack("<f", piece[2])[0]] for piece in pieces]}}
-    names = ("pad", "unk", "cls", "sep", "mask")
-    return {"tokenizer.json": contents, "tokenizer_config.json": {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"], **{f"{name}_token": s for name, s in zip(names, specials)}}}
 
 
 def main() -> None:

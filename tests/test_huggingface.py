@@ -24,12 +24,13 @@ safetensors_torch = pytest.importorskip("safetensors.torch")
 
 import finetune
 import pretrain
-from data import InputError, run_script
+from extras import huggingface
+from extras.huggingface import (export_model, from_hugging_face, hugging_face_files, hugging_face_names, import_checkpoint, read_safetensors,
+                                to_hugging_face, write_safetensors)
 from material import articles, write_task_file
-from model import (Attention, BertConfig, Classifier, ConvStem, MaskedLM, from_hugging_face, hugging_face_names, read_safetensors,
-                   to_hugging_face, write_safetensors)
+from model import Attention, BertConfig, Classifier, ConvStem, MaskedLM
 from test_golden import GOLDEN, SHOWN, golden_batch, golden_model
-from tokenizer import SPECIALS, Tokenizer, hugging_face_files, train_tokenizer
+from tokenizer import SPECIALS, InputError, Tokenizer, run_script, train_tokenizer
 
 #          layers, width, heads, vocabulary, positions, lengths of the texts
 SHAPES = [(1, 64, 1, 97, 16, (16, 9, 3)), (2, 64, 4, 301, 24, (17, 24, 5, 11)), (3, 128, 2, 1000, 12, (12, 1, 7)),
@@ -412,8 +413,8 @@ def test_export(norm: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: py
     mlm, classifier = shake(MaskedLM(config), 1), shake(Classifier(config, 3), 2)
     runs = [write_run(tmp_path / "mlm", mlm, tokenizer), write_run(tmp_path / "classifier", classifier, tokenizer)]
     (tmp_path / "hf-classifier").mkdir()  # an empty folder will do
-    call(monkeypatch, pretrain, "--export", tmp_path / "hf-mlm", runs[0])
-    call(monkeypatch, finetune, "--export", tmp_path / "hf-classifier", runs[1])
+    call(monkeypatch, huggingface, "export", runs[0], tmp_path / "hf-mlm")
+    call(monkeypatch, huggingface, "export", runs[1], tmp_path / "hf-classifier")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["classifier", "hf-classifier", "hf-mlm", "mlm"]  # nothing half-written
     caplog.set_level(logging.WARNING)
     theirs, loading = {}, {}
@@ -462,9 +463,9 @@ def test_export_refuses(settings: dict, head: str, what: str, tokenizer: Tokeniz
     run = write_run(tmp_path / "run", make_ours(BertConfig(tokenizer.vocab_size, 1, 64, 1, 16, **settings), head), tokenizer)
     target = tmp_path / "run" if what == "is there already" else tmp_path / "there"
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["x.py", "--export", str(target), str(run)])
+    monkeypatch.setattr(sys, "argv", ["x.py", "export", str(run), str(target)])
     with pytest.raises(SystemExit) as caught:
-        run_script((pretrain if head == "mlm" else finetune).main)
+        run_script(huggingface.main)
     error = capsys.readouterr().err
     assert caught.value.code == 2 and what in error and error.count("\n") == 1 and "Traceback" not in error
     assert sorted(tmp_path.rglob("*")) == before
@@ -473,52 +474,70 @@ def test_export_refuses(settings: dict, head: str, what: str, tokenizer: Tokeniz
 def test_interrupted_export_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(tensors, file) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
-    monkeypatch.setattr(pretrain, "write_safetensors", full)
+    monkeypatch.setattr(huggingface, "write_safetensors", full)
     with pytest.raises(InputError, match="Read-only"):
-        pretrain.export_model(MaskedLM(BertConfig(tokenizer.vocab_size, 1, 64, 1, 16)), tokenizer, tmp_path / "there")
+        export_model(MaskedLM(BertConfig(tokenizer.vocab_size, 1, 64, 1, 16)), tokenizer, tmp_path / "there")
     assert not list(tmp_path.iterdir())
 
 
 def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                     capsys: pytest.CaptureFixture) -> None:
-    """--checkpoint hf:DIR with our own export; with a foreign folder only if --tokenizer is given, and with a note."""
-    foreign = tmp_path / "foreign"
+    """`import` of our own export; of a foreign folder only if --tokenizer is given, and with a note. Both can be fine-tuned."""
+    foreign, runs_dir = tmp_path / "foreign", tmp_path / "runs"
     ours = shake(MaskedLM(BertConfig(tokenizer.vocab_size + 3, 1, 64, 1, 32)), 1)
-    pretrain.export_model(ours, tokenizer, tmp_path / "export")
+    export_model(ours, tokenizer, tmp_path / "export")
     settings, tensors = to_hugging_face(ours)
     write_folder(foreign, settings, {k: t for k, t in tensors.items() if k.startswith("bert.")})
     (foreign / "vocab.txt").write_text("[PAD]\n", encoding="utf-8")
     (tmp_path / "my.model").write_bytes(tokenizer.model)
-    common = ["--preset", "smoke", "--device", "cpu", "--dtype", "fp32", "--runs-dir", tmp_path / "runs", "--no-scratch",
-              "--task-file", write_task_file(tmp_path / "train.csv", 12)]
     with pytest.raises(InputError, match="tokenizer.*differs.*--tokenizer"):
-        call(monkeypatch, finetune, "--checkpoint", f"hf:{foreign}", *common)
+        call(monkeypatch, huggingface, "import", foreign, "other", "--runs-dir", runs_dir)
     with pytest.raises(InputError, match="cannot be imported"):
-        call(monkeypatch, finetune, "--checkpoint", f"hf:{tmp_path / 'nowhere'}", *common)
-    assert not list((tmp_path / "runs").rglob("last.pt"))
+        call(monkeypatch, huggingface, "import", tmp_path / "nowhere", "other", "--runs-dir", runs_dir)
+    for name in ("", ".", "..", "a/b"):
+        with pytest.raises(InputError, match="name of a run folder"):
+            call(monkeypatch, huggingface, "import", tmp_path / "export", name, "--runs-dir", runs_dir)
+    assert not runs_dir.exists()
     capsys.readouterr()
-    call(monkeypatch, finetune, "--checkpoint", f"hf:{foreign}", "--tokenizer", tmp_path / "my.model", *common)
+    call(monkeypatch, huggingface, "import", foreign, "other", "--tokenizer", tmp_path / "my.model", "--runs-dir", runs_dir)
     assert "another tokenizer" in capsys.readouterr().out
-    call(monkeypatch, finetune, "--checkpoint", f"hf:{tmp_path / 'export'}", *common)
-    assert "another tokenizer" not in capsys.readouterr().out
+    for _ in range(2):  # the same contents once more are the same run
+        call(monkeypatch, huggingface, "import", tmp_path / "export", "own", "--runs-dir", runs_dir)
+        told = capsys.readouterr().out
+        assert "another tokenizer" not in told and f"next: python finetune.py --checkpoint {runs_dir / 'pretrain' / 'own'} --data" in told
+    with pytest.raises(InputError, match="made with other settings.*weights"):
+        call(monkeypatch, huggingface, "import", foreign, "own", "--tokenizer", tmp_path / "my.model", "--runs-dir", runs_dir)
 
-    imported = sorted((tmp_path / "runs/pretrain").glob("hf-export-*"))
-    assert len(imported) == 1 and len(list((tmp_path / "runs/finetune").glob("*hf-export-*/results.json"))) == 1
+    imported = [runs_dir / "pretrain" / name for name in ("own", "other")]
+    assert [pretrain.load_settings(run, "pretrain")["model"] for run in imported] == ["hf-export", "hf-foreign"]
     model, again = pretrain.load_masked_lm(imported[0])
     assert again.hash == tokenizer.hash
     assert_same_tensors(model.state_dict(), ours.state_dict())
     with pytest.raises(InputError, match="head"):
-        pretrain.load_masked_lm(next((tmp_path / "runs/pretrain").glob("hf-foreign-*")))
+        pretrain.load_masked_lm(imported[1])
+    call(monkeypatch, finetune, "--checkpoint", *imported, "--preset", "smoke", "--device", "cpu", "--dtype", "fp32", "--runs-dir", runs_dir,
+         "--no-scratch", "--task-file", write_task_file(tmp_path / "train.csv", 12))
+    assert len(list((runs_dir / "finetune").glob("*-own-*/results.json"))) == 1
+    assert len(list((runs_dir / "finetune").glob("*-other-*/results.json"))) == 1
 
     small = tmp_path / "small"  # fewer rows than the tokenizer has pieces: some ids would have none
     write_folder(small, *to_hugging_face(MaskedLM(BertConfig(50, 1, 64, 1, 32))))
     with pytest.raises(InputError, match="50 embedding rows"):
-        pretrain.import_checkpoint(Path(f"hf:{small}"), tmp_path / "my.model", tmp_path / "runs")
+        import_checkpoint(small, "small", tmp_path / "my.model", runs_dir)
+
+
+def test_export_refuses_other_folders(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"kind": "data"}', encoding="utf-8")
+    with pytest.raises(InputError, match="neither a pre-training nor a fine-tuning run"):
+        huggingface.export_run(tmp_path, tmp_path / "there")
+    with pytest.raises(InputError, match="cannot be read"):
+        huggingface.export_run(tmp_path / "nowhere", tmp_path / "there")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json"]
 
 
 # --------------------------------------------------------------------------------------------------------- tokenizer
 def as_theirs(tokenizer: Tokenizer, folder: Path) -> transformers.PreTrainedTokenizerFast:
-    pretrain.export_model(MaskedLM(BertConfig(tokenizer.vocab_size, 1, 64, 1, 16)), tokenizer, folder)
+    export_model(MaskedLM(BertConfig(tokenizer.vocab_size, 1, 64, 1, 16)), tokenizer, folder)
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
