@@ -3,9 +3,7 @@
 Last of the six files, and the one to run first: it does the whole job, from raw text to the table.
 
     python committee.py                                                         the embedded default, minutes on two cores
-    python committee.py --task fewrel --wiki simplewiki --articles-count 20000  the paper's data, downloaded
-    python committee.py --task fewrel agnews dbpedia --articles 'wiki*.jsonl.gz' --raw-dir DIR --members 6 --seeds 3
-    python committee.py --task fewrel --prepared DIR --members 6 --member 1     one member alone; without --member: gather them
+    python committee.py --data simple --task fewrel --members 6 --seeds 3       on data/simple, made by data.py prepare
     python committee.py --predict "Some text." runs/committee/RUN               a finished committee at work
 
 The members of a committee are pre-trained separately, with their own seeds for initialisation, article order, masks and
@@ -15,10 +13,8 @@ class probabilities (paper, section on committees).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -27,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,15 +31,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Corpus, InputError, Task, add_source_flags, load_corpus, load_tasks, run_script
+from data import DataFolder, InputError, Task, data_path, open_folder, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, check_task,
-                      difference, finetune, gap_sentence, in_words, load_classifier, note_what_it_read, plot_accuracies, points,
-                      run_accuracy, run_probabilities, twin_seed, unit_values, votes)
+                      difference, finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy,
+                      run_probabilities, twin_seed, unit_values, votes, with_rows)
 from model import MODELS, BertConfig, Classifier, Committee, count_operations, count_parameters
-from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_recipe_flags, add_run_flags, choose_hardware,
-                      checked, chosen_recipe, config_of, load_settings, number, pretrain, read_json, result_record, settings_hash,
-                      stop_signals, write_json)
-from tokenizer import Parser, Tokenizer, in_one_line
+from pretrain import (PRESETS as PRETRAIN_PRESETS, Hardware, PretrainRecipe, add_run_flags, checked, choose_hardware, chosen_recipe,
+                      config_of, load_settings, number, open_data, pretrain, read_json, result_record, settings_hash, stop_signals,
+                      write_json)
+from tokenizer import Parser, in_one_line
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee, where the command line says nothing
 MEMBER_SEED = 100  # members' pre-training seeds begin here, so that none is a deep model's
@@ -116,26 +113,56 @@ def price(config: BertConfig, tokens: int, classes: int) -> dict[str, float]:
 Unit = tuple[str, PretrainRecipe, int]  # what is trained: a named model, its recipe, its seed
 
 
-def planned(args: argparse.Namespace, recipe: PretrainRecipe) -> tuple[list[Unit], list[list[Unit]]]:
+@dataclass(frozen=True)
+class Job:
+    """What the command line asks for; recipe, finetune_recipe: for pre-training and fine-tuning; seeds: of fine-tuning."""
+
+    data: Path
+    tasks: list[str]
+    split: str
+    preset: str
+    recipe: PretrainRecipe
+    finetune_recipe: FinetuneRecipe
+    members: int
+    member_model: list[str]
+    deep: str
+    deep_time_budget: float | None
+    seeds: int
+    repeats: int
+    device: str
+    dtype: str
+    compiled: bool
+    fresh: bool
+    runs_dir: Path
+
+
+def planned(job: Job) -> tuple[list[Unit], list[list[Unit]]]:
     """(the deep models, one a repeat; the members, K a repeat). Repeats have their own seeds, and share no member."""
-    deep_recipe = recipe if args.deep_time_budget is None else dataclasses.replace(recipe, time_budget=args.deep_time_budget)
-    checked(deep_recipe, "deep-")
-    return ([(args.deep, deep_recipe, repeat) for repeat in range(args.repeats) if args.deep != "none"],
-            [[(args.member_model[k % len(args.member_model)], recipe, MEMBER_SEED + repeat * args.members + k)
-              for k in range(args.members)] for repeat in range(args.repeats)])
+    recipe = job.recipe
+    deep_recipe = recipe if job.deep_time_budget is None else dataclasses.replace(recipe, time_budget=job.deep_time_budget)
+    checked(deep_recipe)
+    return ([(job.deep, deep_recipe, repeat) for repeat in range(job.repeats) if job.deep != "none"],
+            [[(job.member_model[k % len(job.member_model)], recipe, MEMBER_SEED + repeat * job.members + k)
+              for k in range(job.members)] for repeat in range(job.repeats)])
 
 
-def pretrain_unit(unit: Unit, corpus: Corpus, args: argparse.Namespace, hardware: Hardware, fresh: bool, wait: bool = False) -> Path:
+def pretrain_unit(unit: Unit, data: DataFolder, job: Job, hardware: Hardware, fresh: bool, wait: bool = False) -> Path:
     model, recipe, seed = unit
-    return pretrain(model, recipe, corpus, seed, args.runs_dir, hardware, fresh=fresh, compiled=args.compile, wait=wait)
+    return pretrain(model, recipe, data, seed, job.runs_dir, hardware, fresh=fresh, compiled=job.compiled, wait=wait)
 
 
-def finetune_unit(checkpoint: Path, pretrained: bool, tokenizer: Tokenizer, tables: TaskTables, recipe: FinetuneRecipe,
-                  args: argparse.Namespace, hardware: Hardware, wait: bool = False) -> list[Path]:
+def make_tables(data: DataFolder, task: str, job: Job, hardware: Hardware) -> TaskTables:
+    """A task's rows as this job trains on and scores them."""
+    return TaskTables.make(data, task, job.split, with_rows(job.finetune_recipe, job.preset, task).per_class, hardware.device)
+
+
+def finetune_unit(checkpoint: Path, pretrained: bool, data: DataFolder, tables: TaskTables, job: Job, hardware: Hardware,
+                  wait: bool = False) -> list[Path]:
     """Fine-tuned runs of a pre-trained model, or of its twin from scratch, one a fine-tuning seed."""
-    return [finetune(checkpoint if pretrained else None, config_of(checkpoint), tokenizer, tables, recipe, twin_seed(checkpoint, j),
-                     args.runs_dir, hardware, fresh=args.fresh, compiled=args.compile, label=model_of(checkpoint), wait=wait)
-            for j in range(args.seeds)]
+    recipe = with_rows(job.finetune_recipe, job.preset, tables.task.name)
+    return [finetune(checkpoint if pretrained else None, config_of(checkpoint), data.tokenizer, tables, recipe, twin_seed(checkpoint, j),
+                     job.runs_dir, hardware, fresh=job.fresh, compiled=job.compiled, label=model_of(checkpoint), wait=wait)
+            for j in range(job.seeds)]
 
 
 def model_of(checkpoint: Path) -> str:
@@ -158,14 +185,14 @@ def work(material: multiprocessing.SimpleQueue, queue: multiprocessing.SimpleQue
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)
     try:
-        units, corpus, tasks, recipe, args = material.get()
-        hardware = choose_hardware(args.device, args.dtype)
-        while (job := queue.get()) is not None:
-            number, then = job
-            checkpoint = pretrain_unit(units[number], corpus, args, hardware, fresh=args.fresh and not then, wait=True)
+        units, job = material.get()
+        data, hardware = open_folder(job.data), choose_hardware(job.device, job.dtype)
+        while (step := queue.get()) is not None:
+            number, then = step
+            checkpoint = pretrain_unit(units[number], data, job, hardware, fresh=job.fresh and not then, wait=True)
             if then:
-                tables = TaskTables.make(tasks[then[0]], corpus.tokenizer, config_of(checkpoint).max_length, args.runs_dir, hardware.device)
-                finetune_unit(checkpoint, then[1], corpus.tokenizer, tables, recipe, args, hardware, wait=True)
+                tables = make_tables(data, job.tasks[then[0]], job, hardware)
+                finetune_unit(checkpoint, then[1], data, tables, job, hardware, wait=True)
     except (InputError, OSError) as error:
         errors.put(in_one_line(error))
         sys.exit(2)
@@ -173,25 +200,7 @@ def work(material: multiprocessing.SimpleQueue, queue: multiprocessing.SimpleQue
         sys.exit(130)
 
 
-def train_member(number: int, deep: list[Unit], members: list[Unit], corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe,
-                 args: argparse.Namespace, hardware: Hardware) -> None:
-    """--member: pre-train one member (1, 2, ...) or the deep model (0; one a repeat), fine-tune it and its twin on every task."""
-    chosen = members[number - 1 : number] if number else deep
-    if not chosen:
-        raise InputError(f"--member {number}: there are {len(members)}, numbered from 1, and "
-                         + (f"0 is {args.deep}" if deep else "no deep model"))
-    for unit in chosen:
-        checkpoint = pretrain_unit(unit, corpus, args, hardware, args.fresh)
-        for task in tasks:
-            tables = TaskTables.make(task, corpus.tokenizer, config_of(checkpoint).max_length, args.runs_dir, hardware.device)
-            for pretrained in (True, False):
-                for folder in finetune_unit(checkpoint, pretrained, corpus.tokenizer, tables, recipe, args, hardware):
-                    print(f"{folder}: accuracy {100 * run_accuracy(folder):.1f} %, {'pre-trained' if pretrained else 'from scratch'}")
-    print("next: the other members (--member), then the same command without --member")
-
-
-def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, tasks: list[Task], recipe: FinetuneRecipe,
-                      args: argparse.Namespace) -> None:
+def train_in_parallel(processes_wanted: int, units: list[Unit], job: Job) -> None:
     """Pre-train the units, then fine-tune each and its twin on every task, in several processes, which share the threads:
     models this small do not know what to do with two. The first units are begun first, and should be the slowest.
 
@@ -199,7 +208,7 @@ def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, 
     or was killed.
     """
     jobs: list[tuple[int, tuple[int, bool] | None]] = [(unit, None) for unit in range(len(units))]
-    jobs += [(unit, (task, pretrained)) for unit in range(len(units)) for task in range(len(tasks)) for pretrained in (True, False)]
+    jobs += [(unit, (task, pretrained)) for unit in range(len(units)) for task in range(len(job.tasks)) for pretrained in (True, False)]
     context = multiprocessing.get_context("spawn")
     material, queue, errors, lock = context.SimpleQueue(), context.SimpleQueue(), context.SimpleQueue(), context.RLock()
 
@@ -207,9 +216,9 @@ def train_in_parallel(processes_wanted: int, units: list[Unit], corpus: Corpus, 
         """In a thread, which may be left waiting for a process that is killed before it has taken its part; as arguments of the
         process, `start` would."""
         for _ in range(processes_wanted):
-            material.put((units, corpus, tasks, recipe, args))
-        for job in [*jobs, *[None] * processes_wanted]:
-            queue.put(job)
+            material.put((units, job))
+        for step in [*jobs, *[None] * processes_wanted]:
+            queue.put(step)
 
     processes: list[multiprocessing.process.BaseProcess] = []
     failed: list[int] = []
@@ -269,24 +278,25 @@ KINDS = ("pretrained", "scratch")
 Right = dict[str, list[list[list[np.ndarray]]]]  # kind -> right (1) or wrong (0) by row, of [repeat][fine-tuning seed][the first K members]
 
 
-def table_rows(models: dict[str, dict[str, list[float]]], right: Right, args: argparse.Namespace) -> list[Row]:
+def table_rows(models: dict[str, dict[str, list[float]]], right: Right, job: Job) -> list[Row]:
     """(label, accuracies pre-trained, accuracies from scratch) of each model and each size of committee; an accuracy for each of what
     the interval is taken over."""
     rows: list[Row] = []
     for model, values in models.items():
-        label = model + (f", mean of {len(values['pretrained']) // args.seeds}" if model != args.deep else "")
-        pretrained, scratch = (unit_values([values[kind][i : i + args.seeds] for i in range(0, len(values[kind]), args.seeds)])
+        label = model + (f", mean of {len(values['pretrained']) // job.seeds}" if model != job.deep else "")
+        pretrained, scratch = (unit_values([values[kind][i : i + job.seeds] for i in range(0, len(values[kind]), job.seeds)])
                                for kind in KINDS)
         rows.append((label, pretrained, scratch))
-    for k in range(2, args.members + 1):
+    for k in range(2, job.members + 1):
         pretrained, scratch = (unit_values([[float(seed[k - 1].mean()) for seed in repeat] for repeat in right[kind]]) for kind in KINDS)
-        rows.append((f"committee of {k} {'+'.join(args.member_model)}", pretrained, scratch))
+        rows.append((f"committee of {k} {'+'.join(job.member_model)}", pretrained, scratch))
     return rows
 
 
-def print_table(task: Task, rows: list[Row], deep: str) -> None:
-    print(f"\n{task.name}: {len(task.classes)} classes, {len(task.train) // len(task.classes)} training rows each, "
-          f"{len(task.test)} test rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\n"
+def print_table(tables: TaskTables, rows: list[Row], deep: str) -> None:
+    task = tables.task
+    print(f"\n{task.name}: {len(task.classes)} classes, {len(tables.train_labels) // len(task.classes)} training rows each, "
+          f"{len(tables.test_rows)} {tables.split} rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\n"
           "or over fine-tuning seeds where there is one pre-training seed)")
     print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
     deep_accuracy = {label: np.mean(pretrained) for label, pretrained, _ in rows}.get(deep)
@@ -296,59 +306,58 @@ def print_table(task: Task, rows: list[Row], deep: str) -> None:
         print(f"{label:34}{points(pretrained):>16}{points(scratch):>16}{gap:>+8.1f}  {note}".rstrip())
 
 
-def contenders(deep: Sequence[Path], members: Sequence[Path], args: argparse.Namespace, hardware: Hardware) -> dict[str, Callable]:
+def contenders(deep: Sequence[Path], members: Sequence[Path], job: Job, hardware: Hardware) -> dict[str, Callable]:
     """Who is timed: the deep model (if there is one), the slowest member, and the committee. deep, members: fine-tuned runs."""
     classifiers = [hardware.for_inference(load_classifier(member)) for member in members]
     slowest = max(classifiers, key=lambda c: count_operations(c.config, 128))
-    return {**{args.deep: hardware.for_inference(load_classifier(folder)) for folder in deep},
-            "member": slowest, f"committee-{args.members}": SoftCommittee(classifiers)}
+    return {**{job.deep: hardware.for_inference(load_classifier(folder)) for folder in deep},
+            "member": slowest, f"committee-{job.members}": SoftCommittee(classifiers)}
 
 
-def judge_task(task: Task, tokenizer: Tokenizer, deep_runs: list[Path], member_runs: list[list[Path]], recipe: FinetuneRecipe,
-               args: argparse.Namespace, hardware: Hardware) -> tuple[dict, list[Path], list[Path]]:
+def judge_task(task: Task, data: DataFolder, deep_runs: list[Path], member_runs: list[list[Path]], job: Job,
+               hardware: Hardware) -> tuple[dict, list[Path], list[Path]]:
     """Fine-tune every model and its twin on a task, vote, print the table.
 
     deep_runs, member_runs: pre-training runs, one a repeat (none with --deep none), and K a repeat.
     Returns (the task's part of results.json; the first deep model's fine-tuned run, if any; the first committee's).
     """
-    note_what_it_read(member_runs[0][0], task)
-    tables = TaskTables.make(task, tokenizer, config_of(member_runs[0][0]).max_length, args.runs_dir, hardware.device)
+    tables = make_tables(data, task.name, job, hardware)
     deep: dict[str, list[list[Path]]] = {}  # kind -> fine-tuned runs, [repeat][fine-tuning seed]
     groups: dict[str, list[list[list[Path]]]] = {}  # [repeat][member][fine-tuning seed]
     members: dict[str, list[list[Path]]] = {}  # the same, [member of any repeat][fine-tuning seed]
     models: dict[str, dict[str, list[float]]] = {}
     for kind in KINDS:
-        deep[kind], *groups[kind] = [[finetune_unit(run, kind == "pretrained", tokenizer, tables, recipe, args, hardware) for run in runs]
+        deep[kind], *groups[kind] = [[finetune_unit(run, kind == "pretrained", data, tables, job, hardware) for run in runs]
                                      for runs in (deep_runs, *member_runs)]
         members[kind] = sum(groups[kind], [])
         for checkpoint, unit in zip([*deep_runs, *sum(member_runs, [])], deep[kind] + members[kind]):
             models.setdefault(model_of(checkpoint), {}).setdefault(kind, []).extend(map(run_accuracy, unit))
-    right: Right = {kind: [[votes([member[j] for member in group]) for j in range(args.seeds)] for group in groups[kind]] for kind in KINDS}
-    name = "+".join(args.member_model)
+    right: Right = {kind: [[votes([member[j] for member in group]) for j in range(job.seeds)] for group in groups[kind]] for kind in KINDS}
+    name = "+".join(job.member_model)
 
-    rows = table_rows(models, right, args)
-    print_table(task, rows, args.deep)
+    rows = table_rows(models, right, job)
+    print_table(tables, rows, job.deep)
     result: dict[str, object] = {}
     if deep_runs:
         deep_right = [[votes([folder])[0] for folder in unit] for unit in deep["pretrained"]]
         against_deep = difference([[c[-1] for c in repeat] for repeat in right["pretrained"]], deep_right)
-        print(in_words(f"committee of {args.members} against {args.deep}:", against_deep))
-        print(gap_sentence(args.deep, *deep.values()))
+        print(in_words(f"committee of {job.members} against {job.deep}:", against_deep))
+        print(gap_sentence(job.deep, *deep.values()))
         result["against_deep"] = against_deep
     print(gap_sentence(name, *members.values()))
     last_loss = {kind: max(read_json(f / "results.json", "train_loss")["train_loss"] for f in sum(deep[kind] + members[kind], []))
                  for kind in KINDS}
     print(f"largest last training loss: pre-trained {last_loss['pretrained']:.3f}, from scratch {last_loss['scratch']:.3f}")
     quality = describe_votes(sum(deep["pretrained"], []),
-                             [[member[j] for member in group] for group in groups["pretrained"] for j in range(args.seeds)])
+                             [[member[j] for member in group] for group in groups["pretrained"] for j in range(job.seeds)])
     print("expected calibration error: " + ", ".join(f"{n} {v:.3f}" for n, v in quality.items() if n != "agreement")
-          + (f"; two members agree on {100 * quality['agreement']:.0f} % of the rows" if args.members > 1 else ""))
+          + (f"; two members agree on {100 * quality['agreement']:.0f} % of the rows" if job.members > 1 else ""))
 
     first = [unit[0] for unit in groups["pretrained"][0]]  # the committee that is timed, and kept for --predict
     curves = {kind: [[float(k.mean()) for k in seed] for repeat in right[kind] for seed in repeat] for kind in KINDS}
     return {"models": models, "committee": {name: curves["pretrained"]}, "committee_scratch": {name: curves["scratch"]}, "table": rows,
-            "tokens": int(np.median(tables.test.lengths)), "classes": len(task.classes), "train_rows": len(task.train),
-            "test_rows": len(task.test), "note": task.note, "voters": [folder.name for folder in first], "train_loss": last_loss,
+            "tokens": int(np.median(tables.test.lengths)), "classes": len(task.classes), "train_rows": len(tables.train_labels),
+            "test_rows": len(tables.test_rows), "note": task.note, "voters": [folder.name for folder in first], "train_loss": last_loss,
             "quality": quality, **result}, [unit[0] for unit in deep["pretrained"][:1]], first
 
 
@@ -387,68 +396,64 @@ def command_line() -> Parser:
                        help="independent deep models and committees, for intervals over pre-training (default %(default)s)")
     group.add_argument("--jobs", type=number(1), metavar="N",
                        help="models trained at once, in processes that share the threads (default: the threads, at most 4; on a GPU 1)")
-    group.add_argument("--member", type=number(0), metavar="I",
-                       help="train number I alone, 1 to K a member and 0 the deep model, here or on another machine; the same command "
-                            "without --member then takes what is in --runs-dir, trains what is missing, and makes the table")
     group.add_argument("--plot", action="store_true", help="also draw the table, beside results.json (needs matplotlib)")
     group.add_argument("--out", type=Path, metavar="FILE", help="write the results, JSON, to FILE too")
     add_predict_flags(parser)
     add_run_flags(parser)
-    add_source_flags(parser)
-    add_recipe_flags(parser, PretrainRecipe, PRETRAIN_PRESETS, "pre-training")
-    add_recipe_flags(parser, FinetuneRecipe, FINETUNE_PRESETS, "fine-tuning", prefix="ft-")
+    group = parser.add_argument_group("text and recipes")
+    group.add_argument("--data", default="", metavar="NAME", help="a data folder, made by data.py (default: vital, made if missing)")
+    group.add_argument("--task", nargs="+", metavar="TASK", help="tasks of the folder (default: all)")
+    group.add_argument("--split", choices=("dev", "test"), default="test", help="which rows are scored; dev rows for choices")
+    group.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for the pre-training recipe")
+    group.add_argument("--finetune-set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for the fine-tuning recipe")
     return parser
 
 
-def train_and_judge(args: argparse.Namespace) -> None:
-    """The whole job: articles and tasks, pre-training, fine-tuning, tables, results.json."""
+def train_and_judge(job: Job, data: DataFolder, jobs: int, out: Path | None, plot: bool) -> None:
+    """The whole job: pre-training, fine-tuning, tables, results.json. jobs: models trained at once (0: as many as fit)."""
     started = time.perf_counter()
-    recipe, finetune_recipe = chosen_recipe(args, PRETRAIN_PRESETS), chosen_recipe(args, FINETUNE_PRESETS, "ft-")
-    deep, members = planned(args, recipe)
-    hardware = choose_hardware(args.device, args.dtype)
+    deep, members = planned(job)
+    hardware = choose_hardware(job.device, job.dtype)
     print(hardware.reason, flush=True)
-    tasks = load_tasks(args)
+    tasks = [data.task(name) for name in job.tasks]
     for task in tasks:
-        check_task(finetune_recipe.pooling, task)  # before anything is pre-trained
-    corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
-    if args.member is not None:
-        return train_member(args.member, deep, sum(members, []), corpus, tasks, finetune_recipe, args, hardware)
+        check_task(job.finetune_recipe.pooling, task)  # before anything is pre-trained
+    print(data.in_words(), flush=True)
     units = [*deep, *sum(members, [])]
-    jobs = min(len(units), args.jobs or (min(4, torch.get_num_threads()) if hardware.device.type == "cpu" else 1))
+    jobs = min(len(units), jobs or (min(4, torch.get_num_threads()) if hardware.device.type == "cpu" else 1))
     if jobs > 1:
         print(f"{jobs} processes with {max(1, torch.get_num_threads() // jobs)} threads each", flush=True)
-        train_in_parallel(jobs, units, corpus, tasks, finetune_recipe, args)
-        args.fresh = False  # all there is, is new
-    deep_runs = [pretrain_unit(unit, corpus, args, hardware, args.fresh) for unit in deep]
-    member_runs = [[pretrain_unit(unit, corpus, args, hardware, args.fresh) for unit in group] for group in members]
-    results = {task.name: judge_task(task, corpus.tokenizer, deep_runs, member_runs, finetune_recipe, args, hardware) for task in tasks}
+        train_in_parallel(jobs, units, job)
+        job = dataclasses.replace(job, fresh=False)  # all there is, is new
+    deep_runs = [pretrain_unit(unit, data, job, hardware, job.fresh) for unit in deep]
+    member_runs = [[pretrain_unit(unit, data, job, hardware, job.fresh) for unit in group] for group in members]
+    results = {task.name: judge_task(task, data, deep_runs, member_runs, job, hardware) for task in tasks}
 
     result, deep_one, voters = results[tasks[0].name]
     tokens = result["tokens"]
-    tables = TaskTables.make(tasks[0], corpus.tokenizer, config_of(member_runs[0][0]).max_length, args.runs_dir, hardware.device)
-    latency = measure_latency(contenders(deep_one, voters, args, hardware), tables, hardware)
+    tables = make_tables(data, job.tasks[0], job, hardware)
+    latency = measure_latency(contenders(deep_one, voters, job, hardware), tables, hardware)
     all_members = [price(config_of(c), tokens, len(tasks[0].classes)) for c in member_runs[0]]
-    prices = {args.deep: price(config_of(run), tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
+    prices = {job.deep: price(config_of(run), tokens, len(tasks[0].classes)) for run in deep_runs[:1]}
     prices["member"] = max(all_members, key=lambda p: p["operations"])
-    prices[f"committee-{args.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
+    prices[f"committee-{job.members}"] = {k: sum(p[k] for p in all_members) for k in all_members[0]}
     print_prices(latency, prices, tasks[0].name, tokens)
     seconds = time.perf_counter() - started
-    settings = {k: v for k, v in vars(args).items() if v is not None and k not in ("fresh", "jobs", "out", "raw_dir", "run", "plot")}
-    settings = json.loads(json.dumps(settings, default=str))  # paths, and lists of them
+    settings = {k: v for k, v in dataclasses.asdict(job).items() if k not in ("data", "fresh", "runs_dir", "compiled")} | {"data": data.id}
     pretraining = {c.name: {k: v for k, v in read_json(c / "results.json").items() if k in
                             ("held_out_loss", "held_out_accuracy", "unigram_loss", "steps", "tokens", "seconds")}
                    for c in [*deep_runs, *sum(member_runs, [])]}
     record = result_record(settings, seconds, tasks={name: part for name, (part, *_) in results.items()}, latency_ms=latency,
                            price=prices, pretraining=pretraining, jobs=jobs, hardware=hardware.reason)
-    folder = args.runs_dir / "committee" / f"{'-'.join(t.name for t in tasks)}-{settings_hash(settings)}"
+    folder = job.runs_dir / "committee" / f"{'-'.join(t.name for t in tasks)}-{settings_hash(settings)}"
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder / "results.json", *([args.out] if args.out else [])):
+    for path in (folder / "results.json", *([out] if out else [])):
         write_json(path, record)
-    if args.plot:
+    if plot:
         plot_accuracies({name: part["table"] for name, (part, *_) in results.items()}, folder / "accuracies.png")
     print(f"\n{folder / 'results.json'} written; {seconds / 60:.1f} minutes in all (what was there already was not trained again)")
     if tasks[0].name == "topics":
-        print("next, on the paper's data: python committee.py --task fewrel --wiki simplewiki --articles-count 20000")
+        print("next, on the paper's data: python data.py prepare simple --wiki simplewiki --task fewrel; python committee.py --data simple")
 
 
 def main() -> None:
@@ -456,19 +461,26 @@ def main() -> None:
     if args.predict is not None or args.predict_file:
         if not args.run:
             raise InputError("--predict needs the folder of a finished committee, under runs/committee/")
-        task = args.task[0] if args.task else args.task_file[0].stem if args.task_file else ""
-        answer(args, load_committee(args.run, task, choose_hardware(args.device, args.dtype)))
+        hardware = choose_hardware(args.device, args.dtype)
+        answer(args.predict, args.predict_file, load_committee(args.run, args.task[0] if args.task else "", hardware))
         return
     if args.run:
         raise InputError(f"{args.run}: a committee's folder is named with --predict")
-    args.members = args.members or MEMBERS[args.preset]
     if args.out and (args.out.is_dir() or not args.out.resolve().parent.is_dir()):
         raise InputError(f"--out {args.out}: name a file, in a folder that exists")
     if args.deep == "none" and args.deep_time_budget is not None:
         raise InputError("--deep-time-budget: there is no deep model; leave --deep none out")
     if args.deep in args.member_model:
         raise InputError(f"--deep {args.deep}: is a member too; name another model")
-    train_and_judge(args)
+    data = open_folder(data_path(args.data)) if args.data else open_data("", args.preset)
+    tasks = args.task or list(data.meta["tasks"])
+    if not tasks:
+        raise InputError(f"{data.path}: holds no task; make a folder with --task or --labels (data.py prepare)")
+    job = Job(data.path, tasks, args.split, args.preset, chosen_recipe(PRETRAIN_PRESETS[args.preset], args.set),
+              chosen_recipe(FINETUNE_PRESETS[args.preset], args.finetune_set, "--finetune-set"), args.members or MEMBERS[args.preset],
+              args.member_model, args.deep, args.deep_time_budget, args.seeds, args.repeats, args.device, args.dtype, args.compile,
+              args.fresh, args.runs_dir)
+    train_and_judge(job, data, args.jobs or 0, args.out, args.plot)
 
 
 if __name__ == "__main__":

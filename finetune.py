@@ -5,7 +5,7 @@ what is reported is the accuracy after the last epoch.
 
     python finetune.py --checkpoint runs/pretrain/bert-1-... --task fewrel --seeds 3     fine-tune it, and its twin
     python finetune.py --checkpoint RUN1 RUN2 --task agnews dbpedia                      several initialisations
-    python finetune.py --model bert-1 --task-file my.csv                                 from scratch only
+    python finetune.py --model bert-1 --data greek                                       from scratch only
     python finetune.py --checkpoint RUN --task agnews --confusion --plot                 what it mixes up; the bars
     python finetune.py --predict "Some text." RUN                                        a finished run at work
     python finetune.py --predict-file FILE RUN                                           on every line of a file (-: of stdin)
@@ -28,13 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (DeviceTable, InputError, Task, add_source_flags, fingerprints, load_corpus, load_tasks, make_table, padded_length,
-                  run_script, to_device, write_atomically)
+from data import DataFolder, DeviceTable, InputError, Rows, Task, data_path, encode_texts, open_folder, padded_length, run_script, to_device
+from data import write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
-from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_recipe_flags, add_run_flags,
-                      can_compile, choose_hardware, chosen_recipe, config_of, kept_out_of, load_checkpoint,
-                      load_settings, load_weights, maybe_compile, number, pyplot, read_json, result_record, save_picture, setting,
-                      settings_hash, short_memory_named, tokenizer_of, train, weights_hash, write_json)
+from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_run_flags, can_compile,
+                      choose_hardware, chosen_recipe, config_of, data_of, load_checkpoint, load_settings, load_weights, maybe_compile,
+                      number, open_data, pyplot, read_json, result_record, save_picture, setting, settings_hash, short_memory_named,
+                      tokenizer_of, train, weights_hash, write_json)
 from tokenizer import ENTITIES, Parser, Tokenizer
 
 
@@ -43,6 +43,7 @@ class FinetuneRecipe(Optimisation):
     """Everything that decides what a fine-tuning run computes, but for initialisation, task and seed."""
 
     min_steps: int = setting(0, LENGTH, "at least so many steps, however few the rows: more passes are made")
+    per_class: int = setting(0, LENGTH, "training rows of a class; 0: as many as the preset uses")
     pooling: str = setting("cls", SHAPE, "what the classifier reads: cls (first token), mean (of all tokens), entities (two, marked)")
 
 
@@ -55,26 +56,37 @@ PRESETS = {
 }
 
 
+PER_CLASS = {"paper": 0, "quick": 100, "smoke": 5}  # training rows of a class; 0: all
+TOPICS_PER_CLASS = 10  # for quick: the default shows what pre-training gives where labels are few
+
+
+def with_rows(recipe: FinetuneRecipe, preset: str, task: str) -> FinetuneRecipe:
+    """The recipe with the preset's number of training rows for this task, where it names none itself."""
+    own = TOPICS_PER_CLASS if (preset, task) == ("quick", "topics") else PER_CLASS[preset]
+    return dataclasses.replace(recipe, per_class=recipe.per_class or own)
+
+
 # ----------------------------------------------------------------------------------------------- one training
 @dataclass
 class TaskTables:
-    """A task as token tables on the device, with its labels."""
+    """A task as token tables on the device, with its labels. test: the rows that are scored, those of the split."""
 
     task: Task
+    data_id: str
+    split: str
     train: DeviceTable
     test: DeviceTable
     train_labels: Tensor
     test_labels: Tensor
-    hash: str
+    test_rows: Rows
 
     @classmethod
-    def make(cls, task: Task, tokenizer: Tokenizer, max_length: int, runs_dir: Path, device: torch.device) -> TaskTables:
-        tables = [make_table([text for text, _ in rows], tokenizer, max_length, runs_dir / "tables", f"{task.name}-{part}")
-                  for part, rows in (("train", task.train), ("test", task.test))]
-        labels = [torch.tensor([label for _, label in rows]) for rows in (task.train, task.test)]
-        digest = settings_hash({"tables": [t.meta["texts_sha256"] for t in tables], "labels": [x.tolist() for x in labels]})
-        (train, test), (train_labels, test_labels) = [DeviceTable(t, device) for t in tables], [x.to(device) for x in labels]
-        return cls(task, train, test, train_labels, test_labels, digest)
+    def make(cls, data: DataFolder, task: str, split: str, per_class: int, device: torch.device) -> TaskTables:
+        chosen = data.task(task)
+        parts = chosen.rows(split, per_class)
+        train, test = (DeviceTable(encode_texts([text for text, _ in rows], data.tokenizer, data.max_length), device) for rows in parts)
+        train_labels, test_labels = (torch.tensor([label for _, label in rows]).to(device) for rows in parts)
+        return cls(chosen, data.id, split, train, test, train_labels, test_labels, parts[1])
 
 
 def check_entities(pooling: str, texts: Iterable[str], where: str) -> None:
@@ -82,12 +94,12 @@ def check_entities(pooling: str, texts: Iterable[str], where: str) -> None:
     for text in texts if pooling == "entities" else ():
         if {bool(head) for head, _ in ENTITIES.findall(text)} != {True, False}:
             raise InputError(f"{where}: pooling entities reads two marked entities, [#head#] and [@tail@]; not both are in {text[:60]!r} "
-                             "(FewRel: --entity-markers; for --prepared, at data.py encode)")
+                             "(FewRel: data.py prepare --entity-markers)")
 
 
 def check_task(pooling: str, task: Task) -> None:
     """The same for all the texts of a task."""
-    check_entities(pooling, (text for text, _ in [*task.train, *task.test]), f"task {task.name}")
+    check_entities(pooling, (text for text, _ in [*task.train, *task.dev, *task.test]), f"task {task.name}")
 
 
 @torch.no_grad()
@@ -126,7 +138,7 @@ def finetune(checkpoint: Path | None, config: BertConfig, tokenizer: Tokenizer, 
         origin = [checkpoint.name, settings_hash(read_json(checkpoint / "config.json")), weights_hash(start["model"])]
     settings = {"kind": "finetune", "checkpoint": origin, "dtype": str(hardware.dtype), "config": dataclasses.asdict(config),
                 "recipe": dataclasses.asdict(recipe), "seed": seed, "tokenizer": tokenizer.hash, "task": tables.task.name,
-                "classes": tables.task.classes, "rows": tables.hash}
+                "classes": tables.task.classes, "data": tables.data_id, "split": tables.split}
     name = checkpoint.name if checkpoint else f"scratch-{label}"
     folder = runs_dir / "finetune" / f"{tables.task.name}-{name}-seed{seed}-{settings_hash(settings)}"
     with Run(folder, settings, tokenizer, fresh, wait) as run, short_memory_named(folder):
@@ -262,7 +274,7 @@ def points(values: Sequence[float]) -> str:
     return f"{100 * mean:5.1f}" + (f" ± {100 * half:.1f}" if len(values) > 1 else "")
 
 
-def show_confusion(folder: Path, task: Task, top: int = 5) -> None:
+def show_confusion(folder: Path, task: Task, rows: Rows, top: int = 5) -> None:
     """Print the pairs of classes that a finished run mixes up most often, with two of the test texts for each."""
     probabilities, labels = run_probabilities(folder)
     predicted, K = probabilities.argmax(-1), len(task.classes)
@@ -275,7 +287,7 @@ def show_confusion(folder: Path, task: Task, top: int = 5) -> None:
         label, other = divmod(int(cell), K)
         print(f"  {task.classes[label]} taken for {task.classes[other]}: {count} of {int((labels == label).sum())} test rows")
         for i in ((labels == label) & (predicted == other)).nonzero().flatten()[:2]:
-            print(f"      {' '.join(task.test[int(i)][0].split())[:100]}")
+            print(f"      {' '.join(rows[int(i)][0].split())[:100]}")
 
 
 Row = tuple[str, list[float], list[float]]  # of a table: label, accuracies pre-trained, accuracies from scratch
@@ -349,76 +361,93 @@ def add_predict_flags(parser: argparse.ArgumentParser) -> None:
                        help="classify every line of FILE with RUN; -: of the standard input, each answered as it comes")
 
 
-def answer(args: argparse.Namespace, predictor: Predictor) -> None:
-    """--predict and --predict-file: a JSON line for every text."""
+def answer(text: str | None, file: Path | None, predictor: Predictor) -> None:
+    """--predict TEXT and --predict-file FILE: a JSON line for every text."""
     def show(texts: Sequence[str]) -> None:
         for text, probabilities in zip(texts, predictor(texts)):
             best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
             print(json.dumps({"text": text, "label": next(iter(best)), "probabilities": best}, ensure_ascii=False), flush=True)
 
-    if args.predict is not None:
-        show([args.predict])
-    elif str(args.predict_file) == "-":
+    if text is not None:
+        show([text])
+    elif str(file) == "-":
         torch.set_num_threads(1)  # for one short text, threads cost more than they give
         with open(sys.stdin.fileno(), encoding="utf-8-sig", errors="replace", closefd=False) as lines:
             for line in lines:
                 show([line.rstrip("\n")])
     else:
+        assert file
         try:
-            with open(args.predict_file, encoding="utf-8-sig") as file:
-                show([line.rstrip("\n") for line in file])
+            with open(file, encoding="utf-8-sig") as lines:
+                show([line.rstrip("\n") for line in lines])
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{args.predict_file}: cannot be read ({error})") from None
+            raise InputError(f"{file}: cannot be read ({error})") from None
 
 
 # ------------------------------------------------------------------------------------------------- command line
 Start = tuple[Path | None, BertConfig, Tokenizer]  # a pre-training run or None (from scratch), and what the model is built from
 
 
-def starting_points(args: argparse.Namespace, tasks: list[Task]) -> dict[str, list[Start]]:
-    """What is fine-tuned: the runs of --checkpoint by label (those that differ in their seeds alone are one row of the table), or,
-    where there are none, --model from scratch."""
+def starting_points(checkpoints: Sequence[Path], data: DataFolder, model: str, preset: str) -> dict[str, list[Start]]:
+    """What is fine-tuned: the checkpoints by label (those that differ in their seeds alone are one row of the table), or, where
+    there are none, a model from scratch."""
     starts: dict[str, list[Start]] = {}
     read: list[dict] = []
-    for checkpoint in args.checkpoint:
+    for checkpoint in checkpoints:
         settings = load_settings(checkpoint, "pretrain")
         label = f"{settings['model']}-{settings_hash({k: v for k, v in settings.items() if k != 'seed'})[:4]}"
         if settings in read:
             raise InputError(f"--checkpoint {checkpoint}: the same model, text and seed as one before it; an interval is over other seeds")
         read.append(settings)
+        check_folder(checkpoint, data)
         starts.setdefault(label, []).append((checkpoint, config_of(checkpoint), tokenizer_of(checkpoint)))
     if starts:
         return starts
-    preset = PRETRAIN_PRESETS[args.preset]
-    width = args.width or preset.width
-    tokenizer = load_corpus(args, tasks, preset.vocab_size, preset.max_length).tokenizer
-    try:
-        config = named_config(args.model, width, preset.heads if width == preset.width else 0, vocab_size=tokenizer.vocab_size,
-                              max_length=preset.max_length, norm=preset.norm)
-    except ValueError as error:
-        raise InputError(f"--width: {error}") from None
-    return {args.model: [(None, config, tokenizer)]}
+    recipe = PRETRAIN_PRESETS[preset]
+    config = named_config(model, recipe.width, recipe.heads, vocab_size=data.tokenizer.vocab_size, max_length=data.max_length,
+                          norm=recipe.norm)
+    return {model: [(None, config, data.tokenizer)]}
 
 
-def note_what_it_read(checkpoint: Path, task: Task) -> None:
-    """Says so where a pre-training run may have read test texts of the task: those of `topics` are articles."""
-    if risky := fingerprints([task]) - kept_out_of(checkpoint):
-        print(f"note: {len(risky)} test texts of {task.name} may be among the articles that {checkpoint.name} was trained on, which "
-              f"helps it; pretrain.py --task {task.name} with the same rows a class keeps them out", flush=True)
+def check_folder(checkpoint: Path, data: DataFolder) -> None:
+    """Raises InputError for a data folder with another tokenizer than the checkpoint's; says so where it is another folder."""
+    settings = load_settings(checkpoint, "pretrain")
+    if settings["tokenizer"] != data.tokenizer.hash:
+        raise InputError(f"{data.path}: its tokenizer is not that of {checkpoint}; make a folder with data.py prepare NAME --tokenizer "
+                         f"{checkpoint / 'tokenizer.model'}")
+    if (positions := config_of(checkpoint).max_length) < data.max_length:
+        raise InputError(f"{data.path}: its texts have up to {data.max_length} tokens, and {checkpoint} has {positions} positions; "
+                         f"make a folder with --max-length {positions}")
+    if settings.get("data") != data.id:
+        print(f"note: {checkpoint.name} was trained on the articles of another data folder, which may hold test texts of {data.path}",
+              flush=True)
 
 
-def finetune_twins(task: Task, label: str, starts: list[Start], recipe: FinetuneRecipe, args: argparse.Namespace,
-                   hardware: Hardware) -> dict[str, list[list[Path]]]:
-    """Fine-tune each start, and with --scratch its twin: finished runs of "pre-trained" and "from scratch", [start][fine-tuning seed]."""
+@dataclass(frozen=True)
+class Work:
+    """What a command asks for, beside models and tasks: the same for every run."""
+
+    data: DataFolder
+    split: str
+    seeds: int
+    recipe: FinetuneRecipe
+    preset: str
+    runs_dir: Path
+    hardware: Hardware
+    fresh: bool
+    compiled: bool
+
+
+def finetune_twins(task: str, label: str, starts: list[Start], work: Work, scratch: bool) -> dict[str, list[list[Path]]]:
+    """Fine-tune each start, and with scratch its twin: finished runs of "pre-trained" and "from scratch", [start][fine-tuning seed]."""
     runs: dict[str, list[list[Path]]] = {}
+    recipe = with_rows(work.recipe, work.preset, task)
+    tables = TaskTables.make(work.data, task, work.split, recipe.per_class, work.hardware.device)
     for checkpoint, config, tokenizer in starts:
-        if checkpoint:
-            note_what_it_read(checkpoint, task)
-        tables = TaskTables.make(task, tokenizer, config.max_length, args.runs_dir, hardware.device)
-        for start in dict.fromkeys([checkpoint, None] if args.scratch else [checkpoint]):
+        for start in dict.fromkeys([checkpoint, None] if scratch else [checkpoint]):
             runs.setdefault("pre-trained" if start else "from scratch", []).append([
-                finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), args.runs_dir, hardware,
-                         fresh=args.fresh, compiled=args.compile, label=label) for j in range(args.seeds)])
+                finetune(start, config, tokenizer, tables, recipe, twin_seed(checkpoint, j), work.runs_dir, work.hardware,
+                         fresh=work.fresh, compiled=work.compiled, label=label) for j in range(work.seeds)])
     return runs
 
 
@@ -429,14 +458,16 @@ def command_line() -> Parser:
                         help="pre-training runs to start from")
     parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="also train the twin from scratch")
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint (default %(default)s)")
-    parser.add_argument("--width", type=int, help="without --checkpoint: of the base model (default: the preset's)")
+    parser.add_argument("--data", default="", metavar="NAME", help="a data folder (default: the checkpoint's; without one: vital)")
+    parser.add_argument("--task", nargs="+", metavar="TASK", help="tasks of the folder (default: all)")
+    parser.add_argument("--split", choices=("dev", "test"), default="test", help="test: train on train and dev rows and score the test "
+                        "rows; dev: for choices, train on train rows and score dev rows (default %(default)s)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for fields of the recipe (per_class=20)")
     parser.add_argument("--seeds", type=number(1), default=1, metavar="N", help="fine-tuning seeds of each model (default %(default)s)")
     parser.add_argument("--confusion", action="store_true", help="also print the most confused classes, with test texts")
     parser.add_argument("--plot", action="store_true", help="also draw the accuracies, beside the table's .json (needs matplotlib)")
     add_predict_flags(parser)
     add_run_flags(parser)
-    add_source_flags(parser)
-    add_recipe_flags(parser, FinetuneRecipe, PRESETS, "recipe")
     return parser
 
 
@@ -446,24 +477,29 @@ def main() -> None:
     if args.predict is not None or args.predict_file:
         if not args.run:
             raise InputError("--predict needs the folder of a finished run, under runs/finetune/")
-        answer(args, Predictor(args.run, hardware))
+        answer(args.predict, args.predict_file, Predictor(args.run, hardware))
         return
     if args.run:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")
-    recipe = chosen_recipe(args, PRESETS)
+    recipe = chosen_recipe(PRESETS[args.preset], args.set)
     print(hardware.reason, flush=True)
-    brought = ["articles", "wiki", "articles_count", "whole_articles", "arm", "width", "tokenizer"]  # along, by a pre-training run
-    if given := [f"--{name.replace('_', '-')}" for name in brought if args.checkpoint and getattr(args, name)]:
-        print(f"note: {', '.join(given)}: without effect, a --checkpoint has its own text, tokenizer and shape", flush=True)
-    tasks = load_tasks(args)
-    starts = starting_points(args, tasks)
+    if args.data or not args.checkpoint:
+        data = open_folder(data_path(args.data)) if args.data else open_data("", args.preset)
+    else:
+        data = data_of(args.checkpoint[0])
+    names = args.task or list(data.meta["tasks"])
+    if not names:
+        raise InputError(f"{data.path}: holds no task; make a folder with --task or --labels (data.py prepare)")
+    work = Work(data, args.split, args.seeds, recipe, args.preset, args.runs_dir, hardware, args.fresh, args.compile)
+    tasks = [data.task(name) for name in names]
+    starts = starting_points(args.checkpoint, data, args.model, args.preset)
     started = time.perf_counter()
     record: dict[str, dict] = {}
     drawn: dict[str, list[Row]] = {}
     for task in tasks:
         record[task.name] = {"models": {}, "committee": {}}
         for label, group in starts.items():
-            runs = finetune_twins(task, label, group, recipe, args, hardware)
+            runs = finetune_twins(task.name, label, group, work, args.scratch)
             values = {kind: [list(map(run_accuracy, unit)) for unit in units] for kind, units in runs.items()}
             for kind, units in runs.items():
                 losses = [read_json(f / "results.json", "train_loss")["train_loss"] for unit in units for f in unit]
@@ -474,10 +510,10 @@ def main() -> None:
             pretrained, scratch = (unit_values(values[kind]) if kind in values else [] for kind in ("pre-trained", "from scratch"))
             drawn.setdefault(task.name, []).append((label, pretrained, scratch))
             if args.confusion:
-                show_confusion(next(iter(runs.values()))[0][0], task)
+                show_confusion(next(iter(runs.values()))[0][0], task, task.rows(args.split)[1])
             if len(runs) == 2:
                 print(gap_sentence(f"{task.name} {label}", *runs.values()))
-    settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "raw_dir", "confusion", "plot")}
+    settings = {k: str(v) for k, v in sorted(vars(args).items()) if v is not None and k not in ("fresh", "confusion", "plot")}
     path = args.runs_dir / "finetune" / f"table-{settings_hash(settings)}.json"
     write_json(path, result_record(settings, time.perf_counter() - started, tasks=record, latency_ms={}, hardware=hardware.reason))
     print(f"{path} written")

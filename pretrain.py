@@ -3,8 +3,8 @@
 Fourth of the six files, after tokenizer.py, data.py and model.py. Its loop (`train`) is also finetune.py's.
 
     python pretrain.py                                      BERT-1 on the embedded default, the quick recipe
-    python pretrain.py --model bert-6 --wiki simplewiki --articles-count 20000
-    python pretrain.py --preset paper --model bert-6 --articles 'wiki*.jsonl.gz' --articles-count 90000
+    python pretrain.py --model bert-6 --data simple          on the data folder data/simple, made by data.py prepare
+    python pretrain.py --data simple --max-articles 5000 --set lr=0.003 steps=2000
     python pretrain.py --fill-mask "Paris is the [MASK] of France." runs/pretrain/bert-1-...
     python pretrain.py --show "Paris is the [MASK] of France." runs/pretrain/bert-1-...  every shape, each head's attention
     python pretrain.py --plot runs/pretrain/bert-1-... runs/pretrain/bert-6-...          the loss curves
@@ -51,8 +51,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import (Corpus, DeviceTable, InputError, TokenTable, add_source_flags, batch_order, file_lock, full_disk_named, load_corpus,
-                  load_tasks, run_script, write_atomically)
+from data import (DataFolder, DeviceTable, InputError, Request, TokenTable, batch_order, data_path, default_name, file_lock,
+                  full_disk_named, open_folder, prepare, run_script, write_atomically)
 from model import MODELS, POOLINGS, Attention, BertConfig, MaskedLM, attention_weights, count_parameters, named_config
 from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer
 
@@ -111,8 +111,6 @@ class PretrainRecipe(Optimisation):
                                  "standard deviation")
     count_window: int = setting(0, START, "with --count-start, above 0: count tokens at most so many places apart, each pair as one over "
                                 "its distance, instead of all that share a text")
-    vocab_size: int = setting(30_522, TOKENS, "pieces of a newly trained tokenizer")
-    max_length: int = setting(128, TOKENS, "tokens of a text")
     mask_rate: float = setting(0.15, TOKENS, "share of the tokens to predict in training (evaluation: always 0.15)")
     head_sample: int = setting(0, TOKENS, "above 0: in training, answer among so many pieces, those that the batch asks for and others "
                                "drawn at random (evaluation: always among all; the training loss reads a little lower)")
@@ -126,56 +124,52 @@ PRESETS = {
     "quick": PretrainRecipe(
         steps=300, optimizer="muon", lr=1e-2, position_lr=0.05, matrix_lr=0.02, beta2=0.98, weight_decay=0.0,
         decay_all=False, clip=1.0, warmup=0.05, dropout=0.0, attention_dropout=0.0, width=128, heads=4, norm="pre", local_start=2.0,
-        count_start=0.1, vocab_size=4_000, mask_rate=0.25),
+        count_start=0.1, mask_rate=0.25),
     "smoke": PretrainRecipe(
         steps=6, batch_size=8, like_length=True, lr=1e-3, decay_all=False, clip=1.0, warmup=0.2, dropout=0.0,
-        attention_dropout=0.0, width=64, norm="pre", vocab_size=250, max_length=32),
+        attention_dropout=0.0, width=64, norm="pre"),
 }
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type, presets: dict, title: str, prefix: str = "") -> None:
-    """A flag for every field of a recipe, in groups; its help tells the presets' values."""
-    groups = {name: parser.add_argument_group(f"{title}: {name}") for name in
-              dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(recipe))}
-    for f in dataclasses.fields(recipe):
-        values = ", ".join(f"{name} {getattr(preset, f.name)}" for name, preset in presets.items() if name != "smoke")
-        kind: dict[str, Any] = {"type": type(f.default)} if not isinstance(f.default, bool) else {"action": argparse.BooleanOptionalAction}
-        kind |= {"metavar": {int: "N", float: "X", str: "NAME"}[kind["type"]]} if "type" in kind else {}
-        groups[f.metadata["group"]].add_argument(f"--{prefix}{f.name.replace('_', '-')}", dest=prefix + f.name, default=None,
-                           help=f"{f.metadata['help']} ({values})", **kind)
+def chosen_recipe(preset: Optimisation, assignments: Sequence[str], flag: str = "--set"):
+    """A preset with FIELD=VALUE assignments laid over. Raises InputError for unknown fields and impossible values."""
+    fields = {f.name: f for f in dataclasses.fields(preset)}
+    given: dict[str, Any] = {}
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals or name not in fields:
+            raise InputError(f"{flag} {assignment}: write FIELD=VALUE; the fields are {', '.join(fields)}")
+        kind: Any = type(fields[name].default)
+        try:
+            given[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (ValueError, KeyError):
+            raise InputError(f"{flag} {assignment}: {text!r} is no {kind.__name__}") from None
+    return laid_over(preset, given)
 
 
-def chosen_recipe(args: argparse.Namespace, presets: dict, prefix: str = ""):
-    """The preset that the command line names, with its flags laid over. Raises InputError for impossible values."""
-    preset = presets[args.preset]
-    given = {f.name: getattr(args, prefix + f.name) for f in dataclasses.fields(preset)
-             if getattr(args, prefix + f.name) is not None}
-    return laid_over(preset, given, prefix)
-
-
-def laid_over(preset, given: dict, prefix: str = ""):
+def laid_over(preset, given: dict):
     """A preset with other values for some of its settings. Raises InputError for impossible ones."""
     if "epochs" in given:  # which a preset's number of steps would overrule
         given = {"steps": 0, **given}
-    return checked(dataclasses.replace(preset, **given), prefix)
+    return checked(dataclasses.replace(preset, **given))
 
 
-def checked(recipe: Optimisation, prefix: str = "") -> Optimisation:
+def checked(recipe: Optimisation) -> Optimisation:
     """The recipe itself. Raises InputError, naming the flag, for impossible values."""
     for name, known in (("optimizer", ("adamw", "muon")), ("norm", ("post", "pre")), ("pooling", POOLINGS)):
         if getattr(recipe, name, known[0]) not in known:
-            raise InputError(f"--{prefix}{name} {getattr(recipe, name)}: there are {' and '.join(known)}")
+            raise InputError(f"{name}={getattr(recipe, name)}: there are {' and '.join(known)}")
     bounds = {"batch_size": (1, 10**6), "epochs": (1, 10**6), "steps": (0, 10**9), "min_steps": (0, 10**9), "micro_batch": (0, 10**6),
               "lr": (0, 1e3), "matrix_lr": (0, 1e3), "token_lr": (0, 1e3), "position_lr": (0, 1e3), "weight_decay": (0, 1e3),
               "clip": (0, 1e9), "heads": (0, 1024), "time_budget": (0, 1e5),
               "beta2": (0, 0.99999), "warmup": (0, 1), "dropout": (0, 0.99), "attention_dropout": (0, 0.99), "init_std": (0, 10),
-              "width": (64, 16384), "mask_rate": (0.001, 1), "max_length": (8, 4096), "local_start": (0, 100), "count_start": (0, 10),
+              "width": (64, 16384), "mask_rate": (0.001, 1), "local_start": (0, 100), "count_start": (0, 10),
               "count_window": (0, 4096), "head_sample": (0, 10**6)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(recipe, name, low) <= high:
-            raise InputError(f"--{prefix}{name.replace('_', '-')} {getattr(recipe, name)}: must lie in {low}..{high}")
+            raise InputError(f"{name}={getattr(recipe, name)}: must lie in {low}..{high}")
     if recipe.time_budget and recipe.fault_schedule:
-        raise InputError(f"--{prefix}fault-schedule counts epochs, --{prefix}time-budget does not: leave one out")
+        raise InputError("fault_schedule counts epochs, time_budget does not: leave one out")
     if isinstance(recipe, PretrainRecipe):
         try:
             named_config("bert-1", recipe.width, recipe.heads, norm=recipe.norm)
@@ -275,6 +269,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, mps")
     group.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"), help="of matrix products")
     group.add_argument("--compile", action="store_true", help="torch.compile model and loss: meant for a GPU (needs a C++ compiler)")
+    group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="results (default %(default)s)")
     group.add_argument("--fresh", action="store_true", help="start again where a run folder has other settings, or is finished")
 
 
@@ -395,7 +390,7 @@ class Run:
                 for left in self.folder.glob("*.tmp"):  # what a killed process had not finished writing
                     left.unlink(missing_ok=True)
             if self.fresh and rank() == 0:
-                for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json", "kept-out.json"):
+                for name in ("results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"):
                     (self.folder / name).unlink(missing_ok=True)
             if (self.folder / "config.json").exists():
                 before = read_json(self.folder / "config.json")
@@ -498,15 +493,6 @@ def config_of(folder: Path, kind: str = "pretrain") -> BertConfig:
     """The shape of the model in a run folder."""
     with misfit_named(folder / "config.json"):
         return BertConfig(**load_settings(folder, kind)["config"])
-
-
-def kept_out_of(folder: Path) -> set[str]:
-    """Fingerprints (data.py) of the test texts that a pre-training run is known not to have read."""
-    path = folder / "kept-out.json"
-    found = read_json(path, "kept_out")["kept_out"] if path.exists() else []
-    if not isinstance(found, list):
-        raise InputError(f"{path}: holds no list; without this file all test texts count as read")
-    return set(map(str, found))
 
 
 def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:
@@ -856,7 +842,7 @@ def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: to
     """
     V, C = model.config.vocab_size, model.config.width
     program = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # whoever changes how it counts is not to get the old counts
-    path = folder / f"counts-{C}-{f'window-{window}-' if window else ''}{table.meta['texts_sha256'][:16]}-{program}.pt"
+    path = folder / f"counts-{C}-{f'window-{window}-' if window else ''}{program}.pt"
     with file_lock(path.with_suffix(".lock"), wait=True):  # of several processes, one counts
         if not path.exists():
             with write_atomically(path) as file:
@@ -945,44 +931,49 @@ def held_out_loss(model: Callable, table: DeviceTable, vocab_size: int, hardware
     return {"held_out_loss": total / max(1, count), "held_out_accuracy": correct / max(1, count)}
 
 
-def pretrain(model_name: str, recipe: PretrainRecipe, corpus: Corpus, seed: int, runs_dir: Path, hardware: Hardware, *,
-             name: str = "", fresh: bool = False, compiled: bool = False, wait: bool = False) -> Path:
-    """Pre-train a named model on the corpus and return its run folder; a finished run is not trained again.
+def pretrain(model_name: str, recipe: PretrainRecipe, data: DataFolder, seed: int, runs_dir: Path, hardware: Hardware, *,
+             max_articles: int = 0, name: str = "", fresh: bool = False, compiled: bool = False, wait: bool = False) -> Path:
+    """Pre-train a named model on a data folder and return its run folder; a finished run is not trained again.
 
-    wait: if another process is training it, until that has ended.
+    max_articles: train on the first so many articles, which are a random sample (0: all). wait: if another process is training
+    it, until that has ended.
     """
-    vocab_size = corpus.tokenizer.vocab_size
+    if not 0 <= max_articles <= len(data.articles) or not len(data.articles):
+        raise InputError(f"{data.path}: holds {len(data.articles)} articles, and --max-articles is {max_articles}")
+    articles = data.articles.subset(np.arange(max_articles)) if max_articles else data.articles
+    vocab_size = data.tokenizer.vocab_size
     try:
         config = named_config(
-            model_name, recipe.width, recipe.heads, vocab_size=vocab_size, max_length=recipe.max_length, norm=recipe.norm,
+            model_name, recipe.width, recipe.heads, vocab_size=vocab_size, max_length=data.max_length, norm=recipe.norm,
             dropout=recipe.dropout, attention_dropout=recipe.attention_dropout, init_std=recipe.init_std,
             local_start=recipe.local_start, short_conv=recipe.short_conv,
             leaky_stem=recipe.fault_stem, frozen_row=2 if recipe.fault_ids else -1)
     except ValueError as error:
         raise InputError(str(error)) from None
     settings = {"kind": "pretrain", "model": model_name, "config": dataclasses.asdict(config),
-                "recipe": dataclasses.asdict(recipe), "seed": seed, "dtype": str(hardware.dtype), "tokenizer": corpus.tokenizer.hash,
-                "articles": corpus.train.meta["texts_sha256"], "held_out": corpus.held_out.meta["texts_sha256"]}
+                "recipe": dataclasses.asdict(recipe), "seed": seed, "dtype": str(hardware.dtype), "tokenizer": data.tokenizer.hash,
+                "data": data.id, "max_articles": max_articles}
     folder = runs_dir / "pretrain" / (name or f"{model_name}-seed{seed}-{settings_hash(settings)}")
-    with Run(folder, settings, corpus.tokenizer, fresh, wait) as run, short_memory_named(folder):
-        if rank() == 0 and not corpus.kept_out <= (noted := kept_out_of(folder)):  # the same articles: what either kept out is in neither
-            write_json(folder / "kept-out.json", {"kept_out": sorted(noted | corpus.kept_out)})
+    with Run(folder, settings, data.tokenizer, fresh, wait) as run, short_memory_named(folder):
+        if rank() == 0:
+            write_json(folder / "data.json", {"path": str(data.path.resolve()), "id": data.id})
         if run.results:
             return folder
         torch.manual_seed(seed)
         model = MaskedLM(config)
         if recipe.count_start and not (folder / "last.pt").exists():  # a checkpoint holds all that would be counted again
-            start_from_counts(model, corpus.train, recipe.count_start, hardware.device, runs_dir / "tables", recipe.count_window)
+            counts = f"{data.id[:16]}-{max_articles}"
+            start_from_counts(model, articles, recipe.count_start, hardware.device, runs_dir / "tables" / counts, recipe.count_window)
         model.to(hardware.device)
         compiled = can_compile(compiled)
         forward: Callable = DistributedDataParallel(model) if world_size() > 1 else model
         # Where no shape depends on a batch's numbers, a GPU's host never waits for it, and what is compiled is one graph
         fixed_shapes = (compiled or hardware.device.type == "cuda") and not (
             recipe.head_sample or recipe.micro_batch or config.conv_kernels or world_size() > 1)
-        train_table, held_out = DeviceTable(corpus.train, hardware.device), DeviceTable(corpus.held_out, hardware.device)
-        batches = Batches(corpus.train.lengths, recipe, seed)
+        train_table, held_out = DeviceTable(articles, hardware.device), DeviceTable(data.held_out, hardware.device)
+        batches = Batches(articles.lengths, recipe, seed)
         steps = recipe.steps or recipe.epochs * batches.per_epoch
-        unigram = unigram_loss(corpus.train, corpus.held_out, vocab_size)
+        unigram = unigram_loss(articles, data.held_out, vocab_size)
         length = f"{recipe.time_budget:g} minutes" if recipe.time_budget else f"{steps} steps, {steps / batches.per_epoch:.1f} passes"
         print(f"{folder.name}: {count_parameters(model) / 1e6:.2f} M parameters, {length}, {recipe.batch_size} texts a step; "
               f"unigram baseline {unigram:.3f} nats", flush=True)
@@ -1179,19 +1170,39 @@ def read_log(folder: Path) -> list[dict]:
     return log
 
 
+def open_data(name: str, preset: str) -> DataFolder:
+    """The data folder of this name; the embedded default (name "") is prepared if it is missing."""
+    path = data_path(name or default_name(preset))
+    if not name and not path.exists():
+        return prepare(path, Request(preset=preset))
+    return open_folder(path)
+
+
+def data_of(run: Path) -> DataFolder:
+    """The data folder that a pre-training run was trained on. Raises InputError if it is gone or was made anew with other text."""
+    if not (run / "data.json").exists():
+        raise InputError(f"{run}: does not say where its text lies (an imported model?); name a data folder with --data")
+    place = read_json(run / "data.json", "path", "id")
+    data = open_folder(place["path"])
+    if data.id != place["id"]:
+        raise InputError(f"{data.path}: was made anew with other contents since {run} was trained; name a data folder with --data")
+    return data
+
+
 def main() -> None:
     parser = Parser(__doc__)
+    parser.add_argument("--data", default="", metavar="NAME", help="a data folder, made by data.py (default: vital, made if missing)")
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="architecture (default %(default)s)")
+    parser.add_argument("--max-articles", type=number(0), default=0, metavar="N", help="train on the first N articles (default: all)")
     parser.add_argument("--seed", type=number(0), default=0, help="of initialisation, article order, masks and dropout")
     parser.add_argument("--name", default="", help="of the run folder (default: made from the settings)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for fields of the recipe")
     parser.add_argument("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what a trained run puts in place of [MASK]")
     parser.add_argument("--show", nargs=2, metavar=("TEXT", "RUN"), help="every stage of RUN's forward pass over a text, and each head's "
                         "attention; the text may hold [MASK]")
     parser.add_argument("--plot", nargs="+", type=Path, metavar="RUN", help="draw the loss curves of these runs, into the first one's "
                         "loss.png (needs matplotlib)")
     add_run_flags(parser)
-    add_source_flags(parser)
-    add_recipe_flags(parser, PretrainRecipe, PRESETS, "recipe")
     args = parser.parse_args()
     if args.fill_mask:
         for row in fill_mask(Path(args.fill_mask[1]), args.fill_mask[0]):
@@ -1205,12 +1216,11 @@ def main() -> None:
         return
     with ranks():
         with rank_0_first():
-            recipe, hardware = chosen_recipe(args, PRESETS), choose_hardware(args.device, args.dtype)
+            recipe, hardware = chosen_recipe(PRESETS[args.preset], args.set), choose_hardware(args.device, args.dtype)
             print(hardware.reason, flush=True)
-            tasks = load_tasks(args) if args.task or args.task_file or not (args.articles or args.wiki or args.prepared) else []
-            corpus = load_corpus(args, tasks, recipe.vocab_size, recipe.max_length)
-        folder = pretrain(args.model, recipe, corpus, args.seed, args.runs_dir, hardware, name=args.name, fresh=args.fresh,
-                          compiled=args.compile)
+            data = open_data(args.data, args.preset)
+        folder = pretrain(args.model, recipe, data, args.seed, args.runs_dir, hardware, max_articles=args.max_articles, name=args.name,
+                          fresh=args.fresh, compiled=args.compile)
         if rank() == 0:
             results = read_json(folder / "results.json", "held_out_loss", "held_out_accuracy", "unigram_loss", "seconds")
             print(f"{folder}: held-out loss {results['held_out_loss']:.3f} nats (unigram baseline {results['unigram_loss']:.3f}), "
