@@ -1244,7 +1244,8 @@ def read_metadata(path: Path) -> dict:
     except FileNotFoundError:
         raise InputError(f"{path}: no data folder; make it with `python data.py prepare {path.name}`, or name another one") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path / 'dataset.json'}: damaged ({error!r}); make the folder again (data.py prepare --fresh)") from None
+        problem = f"{type(error).__name__}: {str(error)[:80]}"
+        raise InputError(f"{path / 'dataset.json'}: damaged ({problem}); make the folder again (data.py prepare --fresh)") from None
 
 
 def open_folder(path: Path | str) -> DataFolder:
@@ -1267,8 +1268,14 @@ def open_folder(path: Path | str) -> DataFolder:
 def load_table(path: Path, part: str, meta: dict) -> TokenTable:
     if not meta["articles"]:
         return TokenTable(np.zeros(0, np.uint16), np.zeros(1, np.int64), meta["max_length"])
-    tokens = np.memmap(path / f"{part}.bin", dtype="<u2", mode="r")
-    return TokenTable(tokens, np.load(path / f"{part}.npy"), meta["max_length"])
+    try:
+        tokens = np.memmap(path / f"{part}.bin", dtype="<u2", mode="r")
+        offsets = np.load(path / f"{part}.npy", allow_pickle=False)
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) <= 0).any() or tokens.max() >= meta["vocab_size"]:
+            raise ValueError("tokens and offsets disagree, or are another tokenizer's")
+    except Exception as error:  # numpy raises a dozen kinds for a damaged file; all mean the same here
+        raise InputError(f"{path / part}.npy: damaged ({error}); make the folder again (data.py prepare --fresh)") from None
+    return TokenTable(tokens, offsets, meta["max_length"])
 
 
 def contents_id(meta: dict) -> str:
@@ -1306,7 +1313,7 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool, write: C
     processes that want the same one, one makes it. Raises InputError if another folder is there, unless fresh.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(path.with_name(f".{path.name}.lock"), wait=True):
+    with full_disk_named(path), file_lock(path.with_name(f".{path.name}.lock"), wait=True):
         old = path.with_name(f".{path.name}.old.tmp")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists() and not fresh:
@@ -1321,19 +1328,18 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool, write: C
             raise InputError(f"{path}: is there, made otherwise ({'; '.join(changed)}); choose another name, or --fresh to make it anew")
         if path.exists() and not (path / "dataset.json").exists() and any(path.iterdir()):
             raise InputError(f"{path}: is there and no data folder; choose another name")  # never delete what is not ours
-        with full_disk_named(path):
-            part = path.with_name(f".{path.name}.tmp")
-            shutil.rmtree(part, ignore_errors=True)  # what a killed process left
-            try:
-                part.mkdir()
-                command = shlex.join(["python", *sys.argv])
-                write(part, {"format": FORMAT, "command": command, "settings": settings, "sources": sources, "split_seed": SPLIT_SEED})
-                if path.exists():
-                    path.rename(old)
-                part.rename(path)
-            finally:
-                shutil.rmtree(part, ignore_errors=True)
-                shutil.rmtree(old, ignore_errors=True)
+        part = path.with_name(f".{path.name}.tmp")
+        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+        try:
+            part.mkdir()
+            command = shlex.join(["python", *sys.argv])
+            write(part, {"format": FORMAT, "command": command, "settings": settings, "sources": sources, "split_seed": SPLIT_SEED})
+            if path.exists():
+                path.rename(old)
+            part.rename(path)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
         folder = open_folder(path)
         print(folder.in_words(), flush=True)
         return folder

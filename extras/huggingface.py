@@ -330,7 +330,7 @@ def main() -> None:
         export_run(args.run, args.folder)
     else:
         run_folder = import_checkpoint(args.folder, args.name, args.tokenizer, args.runs_dir)
-        print(f"{run_folder}: imported\nnext: python finetune.py --checkpoint {run_folder} --task agnews")
+        print(f"{run_folder}: imported\nnext: python finetune.py --checkpoint {run_folder} --data DATA_FOLDER")
 
 
 if __name__ == "__main__":

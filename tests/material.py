@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -11,9 +12,14 @@ import platform
 import random
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from data import VITAL_WHEEL
+import numpy as np
+import torch
+
+from data import VITAL_WHEEL, DataFolder, DeviceTable, Request, Task, encode_texts, prepare
+from finetune import TaskTables
 from tokenizer import Tokenizer, train_tokenizer
 
 SUBJECTS = "river city king painter engine protein village singer empire bridge museum planet forest battle school".split()
@@ -39,6 +45,28 @@ def write_articles(path: Path, count: int = 200, seed: int = 0) -> Path:
 
 def small_tokenizer(vocab_size: int = 200) -> Tokenizer:
     return Tokenizer(train_tokenizer((a["text"] for a in articles(200)), vocab_size))
+
+
+def corpus_of(texts: Sequence[str], held_out: Sequence[str], tokenizer: Tokenizer, max_length: int = 32) -> DataFolder:
+    """A data folder in memory alone, without tasks; its id is made from its tokens."""
+    table, held = (encode_texts(part, tokenizer, max_length) for part in (texts, held_out))
+    name = hashlib.sha256(table.tokens.tobytes() + held.tokens.tobytes()).hexdigest()
+    meta = {"id": name, "max_length": max_length, "tasks": {}, "wikis": [""]}
+    return DataFolder(Path("data/memory"), meta, tokenizer, table, held, np.zeros(len(table), np.uint8))
+
+
+def tables_of(task: Task, tokenizer: Tokenizer, max_length: int = 32, device: str = "cpu") -> TaskTables:
+    """The tables of a task that lies in no folder."""
+    place = torch.device(device)
+    train, test = (DeviceTable(encode_texts([text for text, _ in rows], tokenizer, max_length), place) for rows in (task.train, task.test))
+    labels, test_labels = (torch.tensor([label for _, label in rows], device=place) for rows in (task.train, task.test))
+    return TaskTables(task, "memory", "test", train, test, labels, test_labels, task.test)
+
+
+def write_folder(path: Path, articles: Path | None = None, labels: Sequence[Path] = (), **settings) -> Path:
+    """A data folder on the disk, of the smoke preset; articles: an article file (None: the embedded default)."""
+    request = Request(articles=(str(articles),) if articles else (), labels=tuple(labels), **{"preset": "smoke", **settings})
+    return prepare(path, request).path
 
 
 def write_task_file(path: Path, rows_per_class: int = 20, seed: int = 0) -> Path:

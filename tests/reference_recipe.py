@@ -25,8 +25,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import DeviceTable, InputError, TokenTable, load_table, run_script  # noqa: E402
-from pretrain import Hardware, choose_hardware, held_out_loss, load_settings, read_json, result_record, write_json  # noqa: E402
+from data import DeviceTable, InputError, TokenTable, run_script  # noqa: E402
+from pretrain import Hardware, choose_hardware, data_of, held_out_loss, load_settings, read_json, result_record, write_json  # noqa: E402
 from tokenizer import CLS, MASK, PAD, SEP  # noqa: E402
 
 
@@ -174,13 +174,14 @@ def main() -> None:
     for run in args.runs:
         settings = load_settings(run, "pretrain")
         recipe, config = settings["recipe"], settings["config"]
-        tables = run.parent.parent / "tables"
-        train_table, held_out = (load_table(tables / f"{name}-{settings[key][:16]}") for name, key in
-                                 (("articles", "articles"), ("held-out", "held_out")))
+        data = data_of(run)
+        train_table, held_out = data.articles, data.held_out
+        if settings["max_articles"]:
+            train_table = train_table.subset(np.arange(settings["max_articles"]))
         reference = Reference(
             layers=config["layers"], width=config["width"], heads=config["heads"], vocab_size=config["vocab_size"],
             conv_channels=config["conv_channels"], conv_kernels=tuple(config["conv_kernels"]), epochs=recipe["epochs"],
-            batch_size=recipe["batch_size"], lr=recipe["lr"], weight_decay=recipe["weight_decay"], max_length=recipe["max_length"],
+            batch_size=recipe["batch_size"], lr=recipe["lr"], weight_decay=recipe["weight_decay"], max_length=config["max_length"],
             dropout=recipe["dropout"], **{k: recipe[k] for k in recipe if k.startswith("fault_")})
         ours.append(read_json(run / "results.json")["held_out_loss"])
         theirs.append(evaluate(train(reference, train_table, settings["seed"]), held_out, reference.vocab_size)["held_out_loss"])

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
+import csv
 import gzip
 import json
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,18 +13,15 @@ import pytest
 import torch
 
 import data
-from data import (DeviceTable, InputError, batch_order, coverage, encode_articles, load_corpus, load_table, load_tasks, make_table, overlap_scores,
-                  pretraining_articles, read_articles, read_task, read_task_files, sample_task, scramble, select_arm,
-                  shared_ngrams, subset, text_key)
-from material import articles, small_tokenizer, write_articles, write_raw_folder, write_task_file, write_vital
+from data import (DeviceTable, InputError, Request, Task, article_files, batch_order, choose_by_overlap, coverage, decode_texts, encode_texts,
+                  open_folder, overlap_scores, prepare, pretraining_articles, read_article_file, read_task, read_task_files, read_tasks, sample_task,
+                  scramble, select, shared_runs, text_key)
+from material import articles, corpus_of, small_tokenizer, write_articles, write_folder, write_raw_folder, write_task_file, write_vital
 from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, Tokenizer, train_tokenizer, training_lines
 
 
-def arguments(**changes) -> argparse.Namespace:
-    defaults = dict(articles=None, wiki=None, articles_count=0, tokenizer=None, prepared=None, arm=None, arm_count=20, raw_dir=Path("none"), runs_dir=Path("none"), task=None,
-                    task_file=None, train_per_class=None, test_per_class=None, min_class_size=0, entity_markers=False, tune=False,
-                    preset="quick", whole_articles=False)
-    return argparse.Namespace(**{**defaults, **changes})
+def read_articles(patterns: list[str]) -> list[data.Article]:
+    return [article for path in article_files(patterns) for article in read_article_file(path)]
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -95,109 +91,133 @@ def test_bad_article_files_are_named(tmp_path: Path, name: str, content: bytes |
 
 
 def test_subsets_are_nested_and_share_their_held_out_articles(tmp_path: Path) -> None:
-    pattern = [str(write_articles(tmp_path / "a.jsonl.gz", 200))]
-    small, held_small = pretraining_articles(arguments(articles=pattern, articles_count=50))
-    large, held_large = pretraining_articles(arguments(articles=pattern, articles_count=150))
+    pattern = (str(write_articles(tmp_path / "a.jsonl.gz", 200)),)
+    small, held_small, _ = pretraining_articles(Request(articles=pattern, count=50), [], set())
+    large, held_large, _ = pretraining_articles(Request(articles=pattern, count=150), [], set())
     assert large[:50] == small and held_small == held_large and len(held_small) == 10
     assert not {a.text for a in large} & {a.text for a in held_large}
-    with pytest.raises(InputError, match="--articles-count 500"):
-        pretraining_articles(arguments(articles=pattern, articles_count=500))
+    with pytest.raises(InputError, match="--count 500"):
+        pretraining_articles(Request(articles=pattern, count=500), [], set())
 
 
 def test_wiki_subsets_are_nested_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wiki gives the first `count` of one random order; whatever is asked for, the same 1,000 articles are held out."""
     everything = [data.Article(str(i), f"text number {i} of the wiki") for i in range(9_000)]
     monkeypatch.setattr(data, "wikimedia_articles", lambda wiki, count, raw_dir: everything[:count])
-    small, held_small = pretraining_articles(arguments(wiki="simplewiki", articles_count=500))
-    large, held_large = pretraining_articles(arguments(wiki="simplewiki", articles_count=4_000))
+    small, held_small, _ = pretraining_articles(Request(wiki="simplewiki", count=500), [], set())
+    large, held_large, _ = pretraining_articles(Request(wiki="simplewiki", count=4_000), [], set())
     assert large[:500] == small and held_small == held_large and len(held_small) == 1_000 and len(large) == 4_000
 
 
-def test_test_extracts_of_topics_are_not_in_the_pretraining_text(tmp_path: Path) -> None:
-    """By text and by title, whether the articles are the default's own or come from other files."""
+def test_leaks_are_left_out_of_the_articles(tmp_path: Path) -> None:
+    """Dev and test texts of every task; of `topics` also by title and by the first 90 letters. Only equal texts are copies."""
     write_vital(tmp_path)
-    args = arguments(raw_dir=tmp_path, task=["topics"], train_per_class=5, test_per_class=8)
-    (task,) = load_tasks(args)
-    assert len(task.test) == 24 and len(task.test_titles) == 24
-    other = tmp_path / "other.jsonl"
-    title = sorted(task.test_titles)[0]
-    lines = [{"title": title.upper(), "text": "another text of the same title"}] + articles(100, seed=9) + articles(100, seed=3)
-    other.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
-    for patterns in (None, [str(other)]):
-        args.articles = patterns
-        train, held_out = pretraining_articles(args, [task])
-        without, _ = pretraining_articles(args, [])
-        texts = {text_key(a.text, 90) for a in train + held_out}
-        assert not texts & {text_key(text, 90) for text, _ in task.test}
-        assert not {a.title.casefold() for a in train + held_out} & task.test_titles
-        assert len(without) > len(train) > 50
+    request = Request(tasks=("topics",), train_per_class=5, test_per_class=8, preset="smoke", raw_dir=tmp_path)
+    (task,), titles = read_tasks(request, "x")
+    assert len(task.test) == 24 and len(task.dev) == 15 and len(titles) == 39
+    held = {text_key(text) for text, _ in task.dev + task.test}
+    train, held_out, left_out = pretraining_articles(request, [task], titles)
+    texts = {text_key(a.text) for a in train + held_out}
+    assert not texts & held and not {a.title.casefold() for a in train + held_out} & titles and left_out["task_texts"] == 39
+    own = Task("own", ["a", "b"], [("kept for training", 0)], [("a DEV\n text", 0)], [("The test text.", 1)])
+    long = "river of france " * 8
+    lines = [{"title": sorted(titles)[0].upper(), "text": "another text of the same title"}, {"title": "", "text": task.test[0][0] + " and more"},
+             {"title": "", "text": "A dev text"}, {"title": "", "text": "the  test text."}, {"title": "", "text": "the test text"},
+             {"title": "", "text": long + "one"}, {"title": "", "text": long + "two"}, {"title": "", "text": long.upper() + "ONE"},
+             {"title": "", "text": "kept for training"}, {"title": "", "text": " "}, *({"title": "", "text": a["text"]} for a in articles(100, seed=3))]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    train, held_out, left_out = pretraining_articles(Request(articles=(str(tmp_path / "other.jsonl"),), preset="smoke"), [task, own], titles)
+    assert left_out == {"empty": 1, "copies": 1, "task_texts": 4} and len(train + held_out) == len(lines) - 6
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
 def test_official_layouts(tmp_path: Path) -> None:
     raw = write_raw_folder(tmp_path / "raw folder")
-    classes, rows, test, _ = read_task("fewrel", raw)
+    classes, rows, test = read_task("fewrel", raw)
     assert classes == ["first relation", "second", "P3"] and test is None and Counter(c for _, c in rows) == {0: 22, 1: 22, 2: 20}
     marked = read_task("fewrel", raw, markers=True)[1]
     assert marked[0][0].startswith(f"[# {rows[0][0].split()[0]} #] row") and "[@ " in marked[0][0]
-    classes, rows, test, _ = read_task("agnews", raw)
+    classes, rows, test = read_task("agnews", raw)
     assert len(classes) == 4 and len(rows) == len(test) == 81
     assert rows[0][0].startswith("Title 1 0 The firm's stock rose")
-    classes, rows, test, _ = read_task("dbpedia", raw)
+    classes, rows, test = read_task("dbpedia", raw)
     assert len(classes) == 14 and rows[0] == ('train content 1 0 about "japan"', 0) and len(test) == 280
+
+
+def parts_of(task: Task) -> list[set[str]]:
+    return [{text_key(text) for text, _ in rows} for rows in (task.train, task.dev, task.test)]
+
+
+def counts(rows: data.Rows) -> set[int]:
+    return set(Counter(label for _, label in rows).values())
 
 
 def test_one_file_is_split_by_text_with_exact_counts(tmp_path: Path) -> None:
     raw = write_raw_folder(tmp_path)
     for seed in range(5):
-        task = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=12, test_per_class=8, seed=seed)
-        assert Counter(c for _, c in task.test) == {0: 8, 1: 8, 2: 8} and Counter(c for _, c in task.train) == {0: 12, 1: 12, 2: 12}
-        assert not {text_key(t) for t, _ in task.train} & {text_key(t) for t, _ in task.test}
-    again = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=12, test_per_class=8, seed=4)
-    assert again == task
-    few = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=5, test_per_class=8, seed=4)
-    assert few.test == task.test and few.train != task.train  # the test rows do not hang on the number of training rows
+        task = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=8, dev_per_class=3, test_per_class=5, seed=seed)
+        assert counts(task.test) == {5} and counts(task.dev) == {3} and counts(task.train) == {8}
+        train, dev, test = parts_of(task)
+        assert not train & dev and not train & test and not dev & test
+    assert sample_task("fewrel", *read_task("fewrel", raw), train_per_class=8, dev_per_class=3, test_per_class=5, seed=4) == task
+    few = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=5, dev_per_class=3, test_per_class=5, seed=4)
+    assert few.test == task.test and few.dev == task.dev and few.train != task.train  # they do not hang on the number of training rows
 
 
-def test_rows_that_the_split_moves_are_counted() -> None:
-    rows = [("same text", 0), ("Same, TEXT!", 1)] + [(f"zero {i}", 0) for i in range(9)] + [(f"one {i}", 1) for i in range(9)]
-    moved = set()
-    for seed in range(30):
-        task = sample_task("t", ["a", "b"], rows, None, train_per_class=5, test_per_class=5, seed=seed)
-        assert len(task.test) == len(task.train) == 10
-        moved.add(int(task.note.split()[0]))
-    assert moved == {0, 1}
+def test_dev_rows_are_unused_ones_where_there_are_enough(tmp_path: Path) -> None:
+    rows = [(f"text {i} {c}", c) for i in range(20) for c in (0, 1)]
+    unused = sample_task("t", ["a", "b"], rows, None, train_per_class=8, dev_per_class=4, test_per_class=8)
+    taken = sample_task("t", ["a", "b"], rows, None, train_per_class=9, dev_per_class=4, test_per_class=8)
+    assert counts(unused.train) == {8} and counts(unused.dev) == counts(taken.dev) == {4} and counts(taken.train) == {5}
+    own = sample_task("t", ["a", "b"], rows, None, train_per_class=0, dev_per_class=0, test_per_class=0)
+    assert counts(own.train) == {14} and counts(own.dev) == {2} and counts(own.test) == {4}
+
+
+def test_rows_of_a_split() -> None:
+    """The test rows see train and dev rows in training; the dev rows never do. The first rows of a class are a smaller choice."""
+    task = Task("t", ["a", "b"], [("1", 0), ("2", 1), ("3", 0), ("4", 1)], [("5", 0), ("6", 1)], [("7", 0)], train_per_class=3)
+    assert task.rows("dev") == (task.train, task.dev) and task.rows("test") == (task.train + task.dev, task.test)
+    assert task.rows("test", 2)[0] == task.train and task.rows("dev", 1)[0] == [("1", 0), ("2", 1)]
+    task.train_per_class = 2
+    assert task.rows("test")[0] == task.train
+
+
+def test_texts_are_the_same_if_only_blanks_case_and_unicode_form_differ() -> None:
+    same = [("Küche  am\nSee", "K\u0075\u0308che am see"), ("Straße", "STRASSE"), ("ﬁn", "fin")]
+    assert all(text_key(a) == text_key(b) for a, b in same)
+    others = ["C++", "C#", "-5", "5", "😀", "😁", "कि", "की", "ab", "abc"]
+    assert len({text_key(text) for text in others}) == len(others)
 
 
 def test_two_files_lose_the_training_rows_that_are_test_texts(tmp_path: Path) -> None:
     raw = write_raw_folder(tmp_path)
-    task = sample_task("agnews", *read_task("agnews", raw), train_per_class=0, test_per_class=0)
-    assert len(task.test) == 81 and len(task.train) == 80 and task.note.startswith("1 training rows left out")
+    task = sample_task("agnews", *read_task("agnews", raw), train_per_class=0, dev_per_class=0, test_per_class=0)
+    assert len(task.test) == 81 and len(task.train) == 72 and len(task.dev) == 8 and task.note.startswith("1 training rows left out")
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"train_per_class": 13, "test_per_class": 8}, "'P3' has 20 rows, 21 are needed.*--min-class-size 21"),
+    ({"train_per_class": 13, "test_per_class": 8}, "'P3' has 20 rows.*--min-class-size 21"),
     ({"train_per_class": 5, "test_per_class": 5, "min_class_size": 23}, "0 class")])
 def test_small_classes_are_named(tmp_path: Path, changes: dict, message: str) -> None:
     raw = write_raw_folder(tmp_path)
     with pytest.raises(InputError, match=message):
-        sample_task("fewrel", *read_task("fewrel", raw), **changes)
-    dropped = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=12, test_per_class=8, min_class_size=21)
+        sample_task("fewrel", *read_task("fewrel", raw), dev_per_class=3, **changes)
+    dropped = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=12, dev_per_class=3, test_per_class=8, min_class_size=21)
     assert dropped.classes == ["first relation", "second"] and "1 classes under 21 rows dropped" in dropped.note
 
 
 @pytest.mark.parametrize("rows, test_rows, message", [
-    ([("a", 0), ("b", 1), ("d", 1)], None, "has 1 rows"),
-    ([("a", 0), ("b", 1)], [("d", 1)], "has 0 test rows"),
-    ([("a", 0), ("a", 0), ("b", 1), ("d", 1)], None, "has too few different texts")])
+    ([("a", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 different"),
+    ([("a", 0), ("f", 0), ("b", 1), ("g", 1)], [("d", 1)], "has 2 rows and 0 test rows"),
+    ([("a", 0), ("a", 0), ("a ", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 different")])
 def test_a_class_name_as_long_as_a_text_is_cut_where_it_is_named(rows: list, test_rows: list | None, message: str) -> None:
     with pytest.raises(InputError, match=f"class 'x{{60}}' {message}"):
-        sample_task("own", ["x" * 5000, "y"], rows, test_rows, train_per_class=1, test_per_class=1)
+        sample_task("own", ["x" * 5000, "y"], rows, test_rows, train_per_class=0, dev_per_class=0, test_per_class=0)
 
 
 def test_own_task_files(tmp_path: Path) -> None:
     train, test = write_task_file(tmp_path / "a b.csv"), write_task_file(tmp_path / "test.csv", 6, seed=1)
-    classes, rows, test_rows, _ = read_task_files([train, test])
+    classes, rows, test_rows = read_task_files([train, test])
     assert classes == ["brazil", "france", "japan"] and len(rows) == 60 and len(test_rows) == 18
     (tmp_path / "odd.csv").write_text('\ufefftext,label\r\n"a, b\r\nc",x\r\nd,y\r\n', encoding="utf-8", newline="")
     assert read_task_files([tmp_path / "odd.csv"])[:2] == (["x", "y"], [("a, b\r\nc", 0), ("d", 1)])
@@ -210,61 +230,37 @@ def test_own_task_files(tmp_path: Path) -> None:
         read_task_files([train, tmp_path / "new.csv"])
 
 
-def test_tuning_never_sees_the_test_rows(tmp_path: Path) -> None:
-    raw = write_raw_folder(tmp_path)
-    args = arguments(raw_dir=raw, task=["fewrel"], train_per_class=12, test_per_class=8)
-    (real,) = load_tasks(args)
-    args.tune = True
-    (tuning,) = load_tasks(args)
-    assert not {t for t, _ in tuning.train + tuning.test} & {t for t, _ in real.test}
-    assert {t for t, _ in tuning.train + tuning.test} == {t for t, _ in real.train} and len(tuning.test) == 6
-
-
 def test_real_data(raw_data: Path) -> None:
-    fewrel = sample_task("fewrel", *read_task("fewrel", raw_data), train_per_class=624, test_per_class=70, min_class_size=694)
-    assert len(fewrel.classes) == 58 and len(fewrel.test) == 58 * 70 and len(fewrel.train) == 58 * 624
-    with pytest.raises(InputError, match="has 12[24] rows, 170 are needed"):
-        sample_task("fewrel", *read_task("fewrel", raw_data), train_per_class=100, test_per_class=70)
-    agnews = sample_task("agnews", *read_task("agnews", raw_data), train_per_class=1000, test_per_class=1000)
-    dbpedia = sample_task("dbpedia", *read_task("dbpedia", raw_data), train_per_class=100, test_per_class=100)
-    assert len(agnews.train) == len(agnews.test) == 4000 and len(dbpedia.train) == len(dbpedia.test) == 1400
+    fewrel = sample_task("fewrel", *read_task("fewrel", raw_data), train_per_class=624, dev_per_class=70, test_per_class=70, min_class_size=694)
+    assert len(fewrel.classes) == 58 and len(fewrel.test) == len(fewrel.dev) == 58 * 70 and len(fewrel.train) == 58 * 554
+    with pytest.raises(InputError, match="has 12[24] rows.*--min-class-size 170"):
+        sample_task("fewrel", *read_task("fewrel", raw_data), train_per_class=100, dev_per_class=70, test_per_class=70)
+    agnews = sample_task("agnews", *read_task("agnews", raw_data), train_per_class=1000, dev_per_class=1000, test_per_class=1000)
+    dbpedia = sample_task("dbpedia", *read_task("dbpedia", raw_data), train_per_class=100, dev_per_class=100, test_per_class=100)
+    assert [len(rows) for rows in (agnews.train, agnews.dev, agnews.test)] == [4000] * 3
+    assert [len(rows) for rows in (dbpedia.train, dbpedia.dev, dbpedia.test)] == [1400] * 3
     for task in (fewrel, agnews, dbpedia):
-        assert not {text_key(t) for t, _ in task.train} & {text_key(t) for t, _ in task.test}
+        train, dev, test = parts_of(task)
+        assert not train & dev and not train & test and not dev & test
     assert not any("#39;" in t or "&lt;" in t or "\\" in t for t, _ in agnews.train + agnews.test)
 
 
 # ------------------------------------------------------------------------------------------- token tables, batches
-def test_token_table(tmp_path: Path) -> None:
+def test_token_table() -> None:
     tokenizer, texts = small_tokenizer(), [a["text"] for a in articles(50)] + [""]
-    table = make_table(texts, tokenizer, 24, tmp_path, "x")
+    table = encode_texts(texts, tokenizer, 24)
     expected = tokenizer.encode(texts, 24)
     assert [table.tokens[a:b].tolist() for a, b in zip(table.offsets, table.offsets[1:])] == [e.tolist() for e in expected]
     assert table.tokens.dtype == np.uint16 and table.lengths.max() == 24 and table.lengths.min() == 2
-    (folder,) = tmp_path.glob("x-*")
-    before = (folder / "tokens.bin").stat().st_mtime_ns
-    make_table(texts, tokenizer, 24, tmp_path, "x")
-    assert (folder / "tokens.bin").stat().st_mtime_ns == before
-    assert len(make_table(texts[:-1], tokenizer, 24, tmp_path, "x")) == 50  # other texts, another table
-    (folder / "tokens.bin").write_bytes(b"\0" * 10)
-    with pytest.raises(InputError, match="damaged token table"):
-        load_table(folder)
-
-
-def test_whole_articles_lose_no_token(tmp_path: Path) -> None:
-    """End to end, each closed by [SEP], in rows that are full but for the last of every 2,000 articles."""
-    tokenizer, texts = small_tokenizer(), ["", "river", *(a["text"] for a in articles(30)), "river of france " * 100] * 70
-    table = make_table(texts, tokenizer, 24, tmp_path, "x", whole=True)
-    rows = [table.tokens[a:b].tolist() for a, b in zip(table.offsets, table.offsets[1:])]
-    assert len(rows) == table.meta["texts"] and all(row[0] == CLS and row[-1] == SEP for row in rows)
-    assert sorted(map(len, rows))[2] == 24 == max(map(len, rows))  # two may be shorter
-    assert [token for row in rows for token in row[1:-1]] == [t for ids in tokenizer.encode(texts, 10**6) for t in ids[1:].tolist()]
-    assert len(make_table(texts, tokenizer, 24, tmp_path, "x")) == len(texts)  # another table
+    part = table.subset(np.array([3, 7]))
+    assert part.tokens.tolist() == [*expected[3].tolist(), *expected[7].tolist()] and part.offsets.tolist() == [0, len(expected[3]), len(part.tokens)]
+    assert decode_texts(part, tokenizer)[1] == "".join(tokenizer.decode(expected[7]).split())
 
 
 @pytest.mark.parametrize("like_length", [False, True])
-def test_batches(tmp_path: Path, like_length: bool) -> None:
+def test_batches(like_length: bool) -> None:
     tokenizer, texts = small_tokenizer(), [a["text"][: 20 + 9 * (i % 20)] for i, a in enumerate(articles(101))]
-    table = make_table(texts, tokenizer, 64, tmp_path, "x")
+    table = encode_texts(texts, tokenizer, 64)
     batches = batch_order(table.lengths, 8, seed=1, epoch=2, like_length=like_length)
     assert sorted(np.concatenate(batches)) == list(range(101)) and len(batches) == 13
     again = batch_order(table.lengths, 8, 1, 2, like_length)
@@ -282,35 +278,61 @@ def test_batches(tmp_path: Path, like_length: bool) -> None:
     assert (padded < 1.15 * len(table.tokens)) == like_length
 
 
-def test_the_same_files_are_not_read_a_second_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A note tells which tables a command came to; whatever decides them, or is missing or damaged, makes the long way be gone again."""
-    path, long_ways = tmp_path / "wiki.jsonl.gz", []
-    write_articles(path, 150)
-    args = arguments(articles=[str(path)], runs_dir=tmp_path / "runs")
-    monkeypatch.setattr(data, "pretraining_articles", lambda *a: long_ways.append(1) or pretraining_articles(*a))
+# ---------------------------------------------------------------------------------------------------- data folder
+def test_a_folder_holds_what_it_was_made_from(tmp_path: Path) -> None:
+    raw = write_raw_folder(tmp_path / "raw")
+    source = write_articles(tmp_path / "a.jsonl.gz", 200)
+    place = write_folder(tmp_path / "data/x", source, [write_task_file(tmp_path / "own.csv")], tasks=("fewrel",), raw_dir=raw)
+    folder = open_folder(place)
+    assert len(folder.articles) == 190 and len(folder.held_out) == 10 and folder.meta["wikis"] == ["a", "b"] and len(folder.wikis) == 190
+    assert {p.name for p in place.iterdir()} == {"tokenizer.model", "tokenizer.vocab", "articles.bin", "articles.npy", "articles.wiki.npy",
+        "held_out.bin", "held_out.npy", "dataset.json", *(f"{task}.{part}.csv" for task in ("x", "fewrel") for part in ("train", "dev", "test"))}
+    for name in ("fewrel", "x"):
+        task = folder.task(name)
+        train, dev, test = parts_of(task)
+        assert not train & dev and not train & test and not dev & test and min(map(len, (train, dev, test))) > 2
+        with open(place / f"{name}.dev.csv", encoding="utf-8", newline="") as file:
+            assert list(csv.reader(file))[0] == ["label", "text"]
+    assert len(open_folder(place).task("x").train + folder.task("x").dev + folder.task("x").test) == 60
+    by_text = {text_key(a.text): a.wiki for a in read_articles([str(source)])}
+    tokenizer = folder.tokenizer
+    full = {"".join(tokenizer.decode(tokenizer.encode([text], folder.max_length)[0]).split()): wiki for text, wiki in
+            ((a.text, a.wiki) for a in read_articles([str(source)]))}
+    assert len(by_text) == 200
+    assert all(full[text] == folder.meta["wikis"][wiki] for text, wiki in zip(decode_texts(folder.articles, tokenizer), folder.wikis))
 
-    def ways(**changes) -> int:
-        long_ways.clear()
-        corpus = load_corpus(argparse.Namespace(**{**vars(args), **changes}), [], 200, 32)
-        again = load_corpus(argparse.Namespace(**{**vars(args), **changes}), [], 200, 32)
-        assert again.tokenizer.hash == corpus.tokenizer.hash and np.array_equal(again.train.tokens, corpus.train.tokens)
-        assert again.train.meta == corpus.train.meta and again.held_out.meta == corpus.held_out.meta
-        return len(long_ways)
 
-    assert ways() == 1 and ways() == 0
-    (model,) = (tmp_path / "runs/tokenizers").glob("*.model")
-    assert ways(tokenizer=model) == 1 and ways(tokenizer=model) == 0
-    assert ways(whole_articles=True) == 1 and ways(whole_articles=True) == 0 and ways() == 0
-    assert ways(articles_count=100) == 1 and ways(arm="shuffled") == 0 and len(encode_articles(args, [], 200, 32)[1]) == 143
-    write_articles(path, 160)
-    assert ways() == 1 and ways() == 0 and len(load_corpus(args, [], 200, 32).train) == 152
-    notes = list((tmp_path / "runs/tables").glob("corpus-*.json"))
-    for damage in (b"", b"{}", b"[[[", b'{"tokenizer": 5, "articles": 1, "held-out": null}', b'{"tokenizer": "no", "articles": "no", "held-out": "no"}'):
-        for note in notes:
-            note.write_bytes(damage)
-        assert ways() == 1
-    shutil.rmtree(tmp_path / "runs/tables")
-    assert ways() == 1
+def test_the_same_command_twice_and_another(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = tmp_path / "a.jsonl.gz"
+    write_articles(source, 200)
+    request = Request(articles=(str(source),), preset="smoke")
+    first = prepare(tmp_path / "data/x", request)
+    stamp = (tmp_path / "data/x/articles.bin").stat().st_mtime_ns
+    assert prepare(tmp_path / "data/x", request).id == first.id and "is there" in capsys.readouterr().out
+    assert (tmp_path / "data/x/articles.bin").stat().st_mtime_ns == stamp
+    moved = source.rename(tmp_path / "b.jsonl.gz")
+    with pytest.raises(InputError, match="made otherwise"):
+        prepare(tmp_path / "data/x", Request(articles=(str(moved),), preset="smoke", count=150))
+    moved.rename(source)
+    write_articles(source, 200, seed=1)
+    with pytest.raises(InputError, match="source articles 0"):
+        prepare(tmp_path / "data/x", request)
+    assert open_folder(tmp_path / "data/x").id == first.id
+    assert prepare(tmp_path / "data/x", request, fresh=True).id != first.id
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/letter.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(InputError, match="no data folder; choose another name"):
+        prepare(tmp_path / "mine", request, fresh=True)
+    assert (tmp_path / "mine/letter.txt").exists()
+
+
+def test_a_folder_without_articles(tmp_path: Path) -> None:
+    """A given tokenizer and labels: for fine-tuning an old checkpoint on a new task."""
+    (tmp_path / "own.model").write_bytes(small_tokenizer().model)
+    labels = write_task_file(tmp_path / "train.csv"), write_task_file(tmp_path / "test.csv", 6, seed=1)
+    folder = open_folder(write_folder(tmp_path / "data/new", None, labels, tokenizer=tmp_path / "own.model"))
+    assert len(folder.articles) == len(folder.held_out) == 0 and folder.tokenizer.hash == small_tokenizer().hash
+    assert len(folder.task("new").test) == 18 and len(folder.task("new").train + folder.task("new").dev) == 60
 
 
 # --------------------------------------------------------------------------------------------------------- overlap
@@ -321,31 +343,61 @@ def test_coverage_by_hand() -> None:
     assert coverage(task, np.repeat(5, 100), 10)["occurrences_common"] == pytest.approx(3 / 5)
 
 
-def test_overlap_arms(tmp_path: Path) -> None:
-    """Half of the articles speak of the task's places: the high arm is made of those, the low arm of the others."""
-    import random
-    rng = random.Random(0)
+def test_articles_are_chosen_by_overlap() -> None:
+    """Half of the articles speak of the task's places: high overlap chooses those, low overlap the others."""
+    rng = np.random.default_rng(0)
     words = {"task": "france japan brazil".split(), "other": "peru kenya chile".split()}
     texts = [" ".join(rng.choice(words["task" if i % 2 else "other"]) for _ in range(60)) for i in range(80)] + ["short text"] * 10
     tokenizer = Tokenizer(train_tokenizer(texts, 30))
-    table = make_table(texts, tokenizer, 32, tmp_path, "a")
-    task = make_table(["france japan", "brazil france"], tokenizer, 32, tmp_path, "t")
-    scores = overlap_scores(table, task.tokens, tokenizer.vocab_size)
-    wikis = ["en"] * 60 + ["simple"] * 30
-    arms = {arm: select_arm(table, scores, wikis, arm, 20, 32) for arm in ("low", "random", "high")}
-    assert {i % 2 for i in arms["high"]} == {1} and {i % 2 for i in arms["low"]} == {0} and {i % 2 for i in arms["random"]} == {0, 1}
-    for arm in arms.values():
-        assert len(set(arm)) == 20 and (table.lengths[arm] == 32).all() and Counter(wikis[i] for i in arm) == {"en": 15, "simple": 5}
-    means = [scores[arms[arm]].mean() for arm in ("low", "random", "high")]
+    folder = corpus_of(texts, texts[:1], tokenizer)
+    folder.wikis[60:] = 1
+    task = encode_texts(["france japan", "brazil france"], tokenizer, 32)
+    scores = overlap_scores(folder.articles, task.tokens, tokenizer.vocab_size)
+    chosen = {overlap: choose_by_overlap(folder, scores, overlap, 20) for overlap in ("low", "random", "high")}
+    parities = {overlap: {int(i) % 2 for i in texts} for overlap, texts in chosen.items()}
+    assert parities == {"high": {1}, "low": {0}, "random": {0, 1}}
+    for part in chosen.values():
+        assert len(set(part)) == 20 and (folder.articles.lengths[part] == 32).all() and folder.wikis[part].sum() == 5
+    means = [scores[chosen[overlap]].mean() for overlap in ("low", "random", "high")]
     assert means[0] < means[1] < means[2]
-    with pytest.raises(InputError, match="only 80 articles fill 32 tokens"):
-        select_arm(table, scores, wikis, "low", 41, 32)
+    with pytest.raises(InputError, match="80 articles of .* fill 32 tokens"):
+        choose_by_overlap(folder, scores, "low", 41)
 
 
-def test_controls_without_language(tmp_path: Path) -> None:
-    """Shuffled: each text keeps its tokens; unigram: the table keeps its own. Lengths and special tokens stay in place."""
-    texts = [a["text"] for a in articles(40)]
-    table = make_table(texts, small_tokenizer(), 32, tmp_path, "a")
+def test_select(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A folder in, a folder out: the same tokenizer, tasks and held-out articles."""
+    texts = [a["text"] for a in articles(150)]
+    leak = "the river museum of norway describes the engine of the king in 1977, and nobody knows why"
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in [*texts, *(f"Article {i}: {leak}" for i in range(7))])
+    with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([["label", "text"], ["france", leak.upper()], ["japan", "bridge number 9 crosses japan"], ["brazil", "x brazil"]])
+    write_folder(tmp_path / "data/x", tmp_path / "b.jsonl.gz", [write_task_file(tmp_path / "train.csv"), tmp_path / "test.csv"], vocab_size=200, max_length=64)
+    source = open_folder(tmp_path / "data/x")
+    assert source.meta["tasks"]["x"]["test_rows_sharing_runs"] == pytest.approx(1 / 3)
+    clean = select(tmp_path / "data/x", tmp_path / "data/clean", clean=True, task="x")
+    assert clean.meta["selected"]["test_rows_sharing_runs"] == 0 and 4 <= len(source.articles) - len(clean.articles) <= 7
+    high = select(tmp_path / "data/x", tmp_path / "data/high", overlap="high", task="x", count=30)
+    low = select(tmp_path / "data/x", tmp_path / "data/low", overlap="low", task="x", count=30)
+    assert len(high.articles.tokens) == len(low.articles.tokens) == 30 * 64
+    assert high.meta["selected"]["mean_score"] > low.meta["selected"]["mean_score"]
+    within = select(tmp_path / "data/x", tmp_path / "data/within", scrambled="within")
+    assert within.id != source.id and Counter(within.articles.tokens.tolist()) == Counter(source.articles.tokens.tolist())
+    for folder in (clean, high, within):
+        assert folder.tokenizer.hash == source.tokenizer.hash and folder.task("x") == source.task("x")
+        assert np.array_equal(folder.held_out.tokens, source.held_out.tokens)
+    capsys.readouterr()
+    select(tmp_path / "data/x", tmp_path / "data/within", scrambled="within")
+    assert "is there" in capsys.readouterr().out
+    with pytest.raises(InputError, match="made otherwise"):
+        select(tmp_path / "data/x", tmp_path / "data/within", scrambled="across")
+    with pytest.raises(InputError, match="give one of"):
+        select(tmp_path / "data/x", tmp_path / "data/none")
+
+
+def test_controls_without_language() -> None:
+    """Within: each text keeps its tokens; across: the table keeps its own. Lengths and special tokens stay in place."""
+    table = encode_texts([a["text"] for a in articles(40)], small_tokenizer(), 32)
     cut = lambda t: [t.tokens[a:b].tolist() for a, b in zip(t.offsets, t.offsets[1:])]  # noqa: E731
     original = cut(table)
     for across in (False, True):
@@ -354,16 +406,21 @@ def test_controls_without_language(tmp_path: Path) -> None:
         assert got != original and [len(x) for x in got] == [len(x) for x in original] and {(x[0], x[-1]) for x in got} == {(2, 3)}
         assert Counter(control.tokens.tolist()) == Counter(table.tokens.tolist())
         assert all(Counter(x) == Counter(y) for x, y in zip(got, original)) == (not across)
-        assert control.meta["texts_sha256"] != table.meta["texts_sha256"]
-    part = subset(table, np.array([3, 7]))
-    assert cut(part) == [original[3], original[7]] and part.meta["texts_sha256"] != table.meta["texts_sha256"]
 
 
-def test_shared_ngrams() -> None:
-    text = "one two three four five six seven eight nine ten eleven"
-    found = [data.Article("", t) for t in ("x " + text.upper() + " y", "one two three four five six seven eight nine", "z")]
-    share, hits = shared_ngrams(found, [(text, 0), ("nothing like it", 1)])
-    assert share == 0.5 and hits == [0]
+def test_shared_runs() -> None:
+    """Against a search by hand, on texts with and without a run of 50 characters in common; any script, any length."""
+    rng = np.random.default_rng(1)
+    letters = list("abcж日本語あ")
+    texts = ["".join(rng.choice(letters, n)) for n in (*rng.integers(0, 60, 20), *rng.integers(60, 160, 40))]
+    rows = ["".join(rng.choice(letters, n)) for n in (10, 49, 50, 51, 90)]
+    rows += [texts[i][:k] + "z" for i, k in ((23, 49), (24, 50), (25, 60))] + [""]
+    texts += ["x" + rows[2] + "y", rows[4][3:53]]
+    runs = lambda text: {text[i : i + 50] for i in range(len(text) - 49)}  # noqa: E731
+    of_rows, of_texts = set().union(*map(runs, rows)), set().union(*map(runs, texts))
+    rows_hit, texts_hit = shared_runs(texts, rows)
+    assert rows_hit.tolist() == [bool(runs(row) & of_texts) for row in rows] and rows_hit.sum() == 4
+    assert texts_hit.tolist() == [bool(runs(text) & of_rows) for text in texts]
 
 
 def test_a_missing_wheel_without_pip_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

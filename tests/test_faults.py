@@ -11,6 +11,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,22 +24,22 @@ import torch
 import data
 import finetune as finetuning
 import pretrain as pretraining
-from data import Corpus, DeviceTable, InputError, Task, TokenTable, load_table, make_table, write_atomically
-from finetune import Predictor, TaskTables, finetune, run_accuracy, run_probabilities
-from material import articles, small_tokenizer
-from pretrain import PRESETS, Hardware, load_checkpoint, load_pretrained, load_tensors, pretrain, read_json
+from data import DataFolder, DeviceTable, InputError, Task, encode_texts, load_table, open_folder, read_metadata, write_atomically
+from finetune import Predictor, finetune, run_accuracy, run_probabilities
+from material import write_articles, write_folder, tables_of, corpus_of, articles, small_tokenizer
+from pretrain import PRESETS, Hardware, load_checkpoint, load_pretrained, load_tensors, pretrain
 from tokenizer import save_tokenizer
 
 CPU = Hardware(torch.device("cpu"), torch.float32, "test")
-RECIPE = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=8)
-TASK = Task("two", ["a", "b"], [("river city", 0), ("king painter", 1)] * 8, [("a city", 0), ("the king", 1)])
+RECIPE = dataclasses.replace(PRESETS["smoke"], steps=8)
+TASK = Task("two", ["a", "b"], [("river city", 0), ("king painter", 1)] * 8, [], [("a city", 0), ("the king", 1)])
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    tokenizer, folder = small_tokenizer(), tmp_path_factory.mktemp("tables")
+def corpus() -> DataFolder:
+    tokenizer = small_tokenizer()
     texts = [a["text"] for a in articles(60)]
-    return Corpus(tokenizer, make_table(texts[20:], tokenizer, 32, folder, "train"), make_table(texts[:20], tokenizer, 32, folder, "held"))
+    return corpus_of(texts[20:], texts[:20], tokenizer)
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
@@ -83,7 +85,7 @@ class SmallDiskFile:
         self.file.close()
 
 
-def test_full_disk_in_a_checkpoint(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_in_a_checkpoint(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint before stays, nothing half-written stays, and with room again the run ends as if nothing had been."""
     straight = pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "straight", CPU)
     save_after_every_step(monkeypatch)
@@ -99,7 +101,7 @@ def test_full_disk_in_a_checkpoint(corpus: Corpus, tmp_path: Path, monkeypatch: 
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_full_disk_in_a_line_of_the_log(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_in_a_line_of_the_log(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a half-written line leaves is cut off by the next run."""
     save_after_every_step(monkeypatch)
     disk = SmallDisk(500)
@@ -112,23 +114,6 @@ def test_full_disk_in_a_line_of_the_log(corpus: Corpus, tmp_path: Path, monkeypa
     pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
     steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines() if "loss" in json.loads(line)]
     assert steps == [*range(1, 9)]
-
-
-def test_full_disk_in_a_token_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "open", SmallDisk(50), raising=False)
-    with pytest.raises(InputError, match="no space left on the disk while writing .*x-.*, which needs"):
-        make_table(["a river of france"] * 100, small_tokenizer(), 16, tmp_path, "x")
-    assert [p.name for p in tmp_path.iterdir()] == ["lock"], "a part of a table was left"
-
-
-def test_what_a_killed_process_left_of_a_token_table_goes(tmp_path: Path) -> None:
-    make_table(["a river of france"], small_tokenizer(), 16, tmp_path, "x")
-    (made,) = tmp_path.glob("x-*")
-    left = tmp_path / f".{made.name}.tmp"
-    made.rename(left)
-    (left / "tokens.bin").write_bytes(b"cut")
-    assert len(make_table(["a river of france"], small_tokenizer(), 16, tmp_path, "x")) == 1
-    assert made.exists() and not left.exists()
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
@@ -146,7 +131,7 @@ def test_an_interruption_inside_torch_save_stays_one(tmp_path: Path, stop: type[
     assert not list(tmp_path.iterdir())
 
 
-def test_a_signal_while_the_last_checkpoint_is_written(tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_the_last_checkpoint_is_written(tmp_path: Path, corpus: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     original = pretraining.Run.save
 
     def save(run: pretraining.Run, step: int, model: torch.nn.Module, optimizers: list, **more: Any) -> None:
@@ -198,19 +183,19 @@ class Payload:
 
 
 @pytest.fixture(scope="module")
-def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def runs(corpus: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pre-training run and a fine-tuning run."""
     folder = tmp_path_factory.mktemp("runs é")
     pretrained = pretrain("bert-1", RECIPE, corpus, 0, folder, CPU)
     return pretrained, tune(pretrained, corpus, folder)
 
 
-def tune(pretrained: Path, corpus: Corpus, folder: Path) -> Path:
-    tables = TaskTables.make(TASK, corpus.tokenizer, 32, folder, CPU.device)
+def tune(pretrained: Path, corpus: DataFolder, folder: Path) -> Path:
+    tables = tables_of(TASK, corpus.tokenizer)
     return finetune(pretrained, load_pretrained(pretrained)[0], corpus.tokenizer, tables, finetuning.PRESETS["smoke"], 0, folder, CPU)
 
 
-def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: Corpus, tmp_path: Path) -> None:
+def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: DataFolder, tmp_path: Path) -> None:
     mark = tmp_path / "executed"
     pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists(), "the payload is harmless, the test proves nothing"
@@ -224,12 +209,14 @@ def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: Corpus, tmp_p
     np.savez(tmp_path / "logits.npz", logits=np.array([Payload(mark)], dtype=object), labels=np.zeros(1))
     with pytest.raises(InputError, match="logits.npz: cannot be read"):
         run_probabilities(tmp_path)
-    table = make_table(["a river"], corpus.tokenizer, 16, tmp_path, "x")
-    folder = next(tmp_path.glob("x-*"))
-    np.save(folder / "offsets.npy", np.array([Payload(mark), 1], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="damaged token table"):
-        load_table(folder)
-    assert len(table) == 1 and not mark.exists(), "a file was executed"
+    write_articles(tmp_path / "a.jsonl.gz", 150)
+    folder = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    np.save(folder / "articles.npy", np.array([Payload(mark), 1], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="is not what data.py wrote"):
+        open_folder(folder)
+    with pytest.raises(InputError, match="articles.npy: damaged"):
+        load_table(folder, "articles", read_metadata(folder))
+    assert not mark.exists(), "a file was executed"
 
 
 def other_version(path: Path) -> bytes:
@@ -253,7 +240,7 @@ DAMAGES: dict[str, Callable[[Path], bytes]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", ["config.json", "results.json", "last.pt", "tokenizer.model", "logits.npz"])
-def test_damaged_files_of_a_run_are_named(runs: tuple[Path, Path], corpus: Corpus, name: str, damage: str) -> None:
+def test_damaged_files_of_a_run_are_named(runs: tuple[Path, Path], corpus: DataFolder, name: str, damage: str) -> None:
     """Whatever uses the file says which it is, and what to do; none of it is a traceback."""
     pretrained, tuned = runs
     uses = {"config.json": [lambda: Predictor(tuned, CPU), lambda: tune(pretrained, corpus, tuned.parent.parent)],
@@ -284,7 +271,7 @@ def test_an_unfinished_classifier_is_not_used(runs: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut short", "random bytes", "another version"])
-def test_a_damaged_checkpoint_does_not_resume(runs: tuple[Path, Path], corpus: Corpus, damage: str) -> None:
+def test_a_damaged_checkpoint_does_not_resume(runs: tuple[Path, Path], corpus: DataFolder, damage: str) -> None:
     pretrained, _ = runs
     valid, results = (pretrained / "last.pt").read_bytes(), (pretrained / "results.json").read_bytes()
     try:
@@ -297,17 +284,7 @@ def test_a_damaged_checkpoint_does_not_resume(runs: tuple[Path, Path], corpus: C
         (pretrained / "results.json").write_bytes(results)
 
 
-def test_a_token_table_of_another_tokenizer(tmp_path: Path) -> None:
-    make_table(["a river of france and a city of japan"] * 3, small_tokenizer(), 16, tmp_path, "x")
-    (folder,) = tmp_path.glob("x-*")
-    meta = read_json(folder / "meta.json")
-    for change, message in (({"vocab_size": 6}, "another tokenizer"), ({"texts": 4}, "sizes disagree"), ({"max_length": None}, "of another version")):
-        (folder / "meta.json").write_text(json.dumps({**meta, **change}), encoding="utf-8")
-        with pytest.raises(InputError, match=f"{message}.*delete that folder"):
-            load_table(folder)
-
-
-def test_a_damaged_log_is_cut_not_a_traceback(runs: tuple[Path, Path], corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_log_is_cut_not_a_traceback(runs: tuple[Path, Path], corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_after_every_step(monkeypatch)
     monkeypatch.setattr(data, "open", SmallDisk(3e6), raising=False)
     with pytest.raises(InputError):
@@ -323,7 +300,7 @@ def test_a_damaged_log_is_cut_not_a_traceback(runs: tuple[Path, Path], corpus: C
 # ---- numbers that go wrong ----
 
 @pytest.mark.parametrize("steps", [1, 8, 250])
-def test_weights_that_are_not_finite_are_never_saved(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+def test_weights_that_are_not_finite_are_never_saved(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """After the first step the loss is still finite and the weights are not; nothing of that reaches the disk, not even at the end."""
     save_after_every_step(monkeypatch)
     recipe = dataclasses.replace(RECIPE, steps=steps, lr=1e39, warmup=0.0, clip=0.0)
@@ -332,7 +309,7 @@ def test_weights_that_are_not_finite_are_never_saved(corpus: Corpus, tmp_path: P
     assert not (tmp_path / "pretrain/run/last.pt").exists() and not (tmp_path / "pretrain/run/results.json").exists()
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted on the device, read with the next line of the log (here every second step), and then the run stops."""
     save_after_every_step(monkeypatch)
     original, calls = pretraining.F.cross_entropy, {"n": 0}
@@ -350,7 +327,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(corpus: Corpus
 
 @pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
                                    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")], ids=lambda e: type(e).__name__)
-def test_out_of_memory_names_the_flag_to_lower(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_out_of_memory_names_the_flag_to_lower(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     save_after_every_step(monkeypatch)
     original, calls = pretraining.mask_tokens, {"n": 0}
 
@@ -366,7 +343,7 @@ def test_out_of_memory_names_the_flag_to_lower(corpus: Corpus, tmp_path: Path, m
     assert load_checkpoint(tmp_path / "pretrain/run")["step"] == 3
 
 
-def test_other_errors_are_not_called_short_memory(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_called_short_memory(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args, **more):
         raise RuntimeError("a bug")
 
@@ -375,24 +352,84 @@ def test_other_errors_are_not_called_short_memory(corpus: Corpus, tmp_path: Path
         pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU)
 
 
-def test_no_row_of_attention_is_fully_masked(runs: tuple[Path, Path], corpus: Corpus, tmp_path: Path) -> None:
+def test_no_row_of_attention_is_fully_masked(runs: tuple[Path, Path], corpus: DataFolder, tmp_path: Path) -> None:
     """Every text begins with [CLS], the emptiest included, so there is always a token to attend to, and probabilities are finite."""
     texts = ["", " ", "\u2603", "\0", "\ud800", "word " * 100]
-    table = DeviceTable(make_table(texts, corpus.tokenizer, 32, tmp_path, "x"), CPU.device)
+    table = DeviceTable(encode_texts(texts, corpus.tokenizer, 32), CPU.device)
     assert (table.batch(np.arange(len(texts)))[:, 0] == 2).all()
     for answer in Predictor(runs[1], CPU)(texts):
         assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
-    empty = TokenTable(np.array([2, 3], dtype="<u2"), np.array([0, 2, 2]), {"texts": 2})
-    folder = tmp_path / "empty"
-    folder.mkdir()
-    empty.tokens.tofile(folder / "tokens.bin")
-    np.save(folder / "offsets.npy", empty.offsets)
-    (folder / "meta.json").write_text(json.dumps({"texts": 2, "tokens": 2, "vocab_size": 9, "max_length": 8, "texts_sha256": ""}), encoding="utf-8")
-    with pytest.raises(InputError, match="sizes disagree"):  # a text of no tokens would be such a row
-        load_table(folder)
+    meta = {"articles": 2, "max_length": 8, "vocab_size": 9}
+    np.array([2, 3], dtype="<u2").tofile(tmp_path / "articles.bin")
+    np.save(tmp_path / "articles.npy", np.array([0, 2, 2]))
+    with pytest.raises(InputError, match="tokens and offsets disagree"):  # a text of no tokens would be such a row
+        load_table(tmp_path, "articles", meta)
 
 
-def test_same_seed_same_bits(corpus: Corpus, tmp_path: Path) -> None:
+def test_same_seed_same_bits(corpus: DataFolder, tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, dropout=0.1, attention_dropout=0.1, optimizer="muon")
     a, b, other = (load_checkpoint(pretrain("bert-1", recipe, corpus, seed, tmp_path / name, CPU))["model"] for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["bert.token.weight"], other["bert.token.weight"])
+
+
+# ---- a data folder is complete or not there ----
+
+def snapshot(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if ".lock" not in p.name)
+
+
+def test_full_disk_while_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_articles(tmp_path / "a.jsonl.gz", 150)
+    place = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    before = {p.name: p.read_bytes() for p in place.iterdir()}
+    for room in (0, 10, 3_000):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "open", SmallDisk(room), raising=False)
+            for name, fresh in (("y", False), ("x", True)):
+                request = data.Request(articles=(str(tmp_path / "a.jsonl.gz"),), preset="smoke", count=140)
+                with pytest.raises(InputError, match="no space left"):
+                    data.prepare(tmp_path / "data" / name, request, fresh)
+    assert {p.name: p.read_bytes() for p in place.iterdir()} == before
+    assert {name.partition("/")[0] for name in snapshot(tmp_path / "data")} == {"x"}
+
+
+def test_a_kill_leaves_no_half_folder(tmp_path: Path) -> None:
+    """What a killed process left beside the folder is no folder, and goes with the next call."""
+    write_articles(tmp_path / "a.jsonl.gz", 150)
+    (tmp_path / "data/.x.tmp").mkdir(parents=True)
+    (tmp_path / "data/.x.tmp/articles.bin").write_bytes(b"half")
+    with pytest.raises(InputError, match="no data folder"):
+        open_folder(tmp_path / "data/x")
+    place = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    assert {name.partition("/")[0] for name in snapshot(tmp_path / "data")} == {"x"} and len(open_folder(place).articles) == 143
+
+
+def test_two_processes_prepare_one_folder(tmp_path: Path) -> None:
+    write_articles(tmp_path / "a.jsonl.gz", 200)
+    command = [sys.executable, str(Path(data.__file__)), "prepare", str(tmp_path / "data/x"), "--preset", "smoke", "--articles", str(tmp_path / "a.jsonl.gz")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8") for _ in range(2)]
+    shown = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], shown
+    assert sorted("is there" in out for out, _ in shown) == [False, True]
+    open_folder(tmp_path / "data/x")
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut short", "random bytes", "deep"])
+def test_a_damaged_data_folder_is_named(tmp_path: Path, damage: str) -> None:
+    write_articles(tmp_path / "a.jsonl.gz", 150)
+    place = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    for path in sorted(place.iterdir()):
+        valid = path.read_bytes()
+        path.write_bytes(DAMAGES[damage](path))
+        with pytest.raises(InputError, match="make the folder again") as error:
+            open_folder(place)
+        assert path.name in str(error.value)
+        path.unlink()
+        with pytest.raises(InputError, match="data folder|is missing"):
+            open_folder(place)
+        path.write_bytes(valid)
+    meta = json.loads((place / "dataset.json").read_text(encoding="utf-8"))
+    for change, message in (({"format": 0}, "of format 0"), ({"max_length": 16}, "was changed")):
+        (place / "dataset.json").write_text(json.dumps({**meta, **change}), encoding="utf-8")
+        with pytest.raises(InputError, match=message):
+            open_folder(place)

@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 import model
 import pretrain as pretraining
 from committee import SoftCommittee
-from data import Corpus, DeviceTable, Task, TokenTable, make_table
-from finetune import FinetuneRecipe, TaskTables, finetune
-from material import articles, small_tokenizer
+from data import DataFolder, DeviceTable, Task, TokenTable, encode_texts
+from finetune import FinetuneRecipe, finetune
+from material import corpus_of, tables_of, articles, small_tokenizer
 from model import MODELS, Attention, Classifier, MaskedLM, named_config
 from pretrain import (PRESETS, Hardware, PretrainRecipe, count_embeddings, load_checkpoint, make_optimizers, mask_tokens, most_masked, pretrain,
                       schedule, update_weights)
@@ -44,15 +44,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+def corpus() -> DataFolder:
     """96 texts of exactly 32 tokens, laid end to end from the articles', and 20 held out: every batch of 8 has one shape."""
-    folder, tokenizer = tmp_path_factory.mktemp("tables"), small_tokenizer()
+    tokenizer = small_tokenizer()
     texts = [a["text"] for a in articles(120)]
-    table = make_table(texts[20:], tokenizer, LENGTH, folder, "train")
+    table = encode_texts(texts[20:], tokenizer, LENGTH)
     stream = table.tokens[table.tokens >= FIRST_PIECE]
     rows = np.insert(np.resize(stream, (96, LENGTH - 1)), 0, CLS, axis=1)
-    train = TokenTable(rows.flatten(), np.arange(97, dtype=np.int64) * LENGTH, {**table.meta, "texts_sha256": "0" * 64})
-    return Corpus(tokenizer, train, make_table(texts[:20], tokenizer, LENGTH, folder, "held-out"))
+    train = TokenTable(rows.flatten(), np.arange(97, dtype=np.int64) * LENGTH, LENGTH)
+    return dataclasses.replace(corpus_of(texts[:1], texts[:20], tokenizer, LENGTH), articles=train)
 
 
 def fp32(device: torch.device) -> Hardware:
@@ -120,7 +120,7 @@ class HostWaits(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "changes"), [("bert-6", {}), ("bert-1", {"optimizer": "muon", "clip": 0.0}), ("bert-1", {"short_conv": True}),
                                                ("bert-1", {"head_sample": 60})])
-def test_the_host_never_waits_in_a_step(device: torch.device, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
+def test_the_host_never_waits_in_a_step(device: torch.device, corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str,
                                         changes: dict) -> None:
     """(But for --head-sample, which shows that the test would see it.) On a GPU, PyTorch watches too."""
     waits = HostWaits()
@@ -149,7 +149,7 @@ def test_the_host_never_waits_in_a_step(device: torch.device, corpus: Corpus, tm
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "conv" not in name])
-def test_a_compiled_step_is_one_graph(device: torch.device, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_compiled_step_is_one_graph(device: torch.device, corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """fullgraph: an error, where Python would have to do a part of the step between two graphs."""
     if device.type == "cpu":  # as on a GPU
         monkeypatch.setattr(model, "dropout", lambda x, p: F.dropout(x, p) if p else x)
@@ -161,7 +161,7 @@ def test_a_compiled_step_is_one_graph(device: torch.device, corpus: Corpus, tmp_
 
 
 @needs_compiler
-def test_compiled_steps_compute_the_same(device: torch.device, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_steps_compute_the_same(device: torch.device, corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss curve is that of a run that is not compiled; with dropout, which a CUDA graph must draw anew at each replay, too: at a
     learning rate of 0 each step's loss is another, and the same in a second run."""
     curves = [losses(pretrain("bert-1", dataclasses.replace(SMOKE, steps=12), corpus, 0, tmp_path / str(compiled), fp32(device), compiled=compiled))
@@ -183,7 +183,7 @@ def test_compiled_steps_compute_the_same(device: torch.device, corpus: Corpus, t
 @needs_compiler
 def test_compiled_finetuning_computes_the_same(device: torch.device, tmp_path: Path) -> None:
     tokenizer, rows = small_tokenizer(), [(a["text"], n % 2) for n, a in enumerate(articles(48))]
-    tables = TaskTables.make(Task("parity", ["even", "odd"], rows[:40], rows[40:]), tokenizer, LENGTH, tmp_path, device)
+    tables = tables_of(Task("parity", ["even", "odd"], rows[:40], [], rows[40:]), tokenizer, LENGTH, str(device))
     config = named_config("bert-1", 64, vocab_size=tokenizer.vocab_size, max_length=LENGTH)
     recipe = FinetuneRecipe(steps=8, batch_size=8, lr=1e-3, dropout=0.0, attention_dropout=0.0)
     curves = [losses(finetune(None, config, tokenizer, tables, recipe, 0, tmp_path / str(compiled), fp32(device), compiled=compiled, label="x"))
@@ -191,7 +191,7 @@ def test_compiled_finetuning_computes_the_same(device: torch.device, tmp_path: P
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
 
-def test_without_a_compiler(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_without_a_compiler(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """--compile is told to be left out, and the run is the one without it, shapes and all."""
     monkeypatch.setattr(shutil, "which", lambda name: None)
     cpu = fp32(torch.device("cpu"))
@@ -201,7 +201,7 @@ def test_without_a_compiler(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.
     assert capsys.readouterr().err.count("note: --compile needs a C++ compiler and none was found; going on without") == 1
 
 
-def test_an_interrupted_run_goes_on(device: torch.device, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_goes_on(device: torch.device, corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU with the same weights bit by bit (test_training.py), on a GPU, where sums are taken in any order, nearly."""
     recipe, found = dataclasses.replace(SMOKE, steps=12, dropout=0.1), []
     for halts in (False, True):
@@ -220,7 +220,7 @@ def test_an_interrupted_run_goes_on(device: torch.device, corpus: Corpus, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_training_leaves_the_unigram_baseline_in_16_bits(device: torch.device, corpus: Corpus, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_training_leaves_the_unigram_baseline_in_16_bits(device: torch.device, corpus: DataFolder, tmp_path: Path, dtype: torch.dtype) -> None:
     if device.type == "cpu" and dtype == torch.float16:
         pytest.skip("for GPUs without bf16")
     recipe = dataclasses.replace(SMOKE, steps=250, lr=5e-3, optimizer="muon", clip=1.0)
@@ -241,14 +241,14 @@ def test_a_committee_is_its_members_there(device: torch.device, name: str) -> No
         assert torch.allclose(SoftCommittee(members)(ids), alone, atol=1e-5)
 
 
-def test_counting_is_the_same_there(device: torch.device, corpus: Corpus) -> None:
+def test_counting_is_the_same_there(device: torch.device, corpus: DataFolder) -> None:
     """The directions are drawn by each device's own generator: what is compared is how near the tokens lie to each other."""
-    here, there = (count_embeddings(corpus.train, corpus.tokenizer.vocab_size, 16, where)[FIRST_PIECE:] for where in ("cpu", device))
+    here, there = (count_embeddings(corpus.articles, corpus.tokenizer.vocab_size, 16, where)[FIRST_PIECE:] for where in ("cpu", device))
     near, also_near = here @ here.T, there @ there.T
     assert (near - also_near).norm() < 0.05 * near.norm()
 
 
-def test_a_table_cuts_the_same_batches_there(device: torch.device, corpus: Corpus) -> None:
+def test_a_table_cuts_the_same_batches_there(device: torch.device, corpus: DataFolder) -> None:
     rows = np.array([3, 0, 11])
     here, there = (DeviceTable(corpus.held_out, where) for where in (torch.device("cpu"), device))
     for fixed in (False, True):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from material import COUNT, record_reliability, write_articles, write_task_file
+from material import COUNT, record_reliability, write_articles, write_folder, write_task_file
 
 TESTS = Path(__file__).resolve().parent
 fcntl = pytest.importorskip("fcntl")  # Unix
@@ -30,6 +30,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_articles(folder / "wiki.jsonl.gz", 150)
     write_task_file(folder / "train.csv", 20)
     write_task_file(folder / "test.csv", 10, seed=1)
+    write_folder(folder / "data", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
     return folder
 
 
@@ -49,7 +50,7 @@ class Job:
 
     def start(self, seconds_a_write: float = 0.0) -> subprocess.Popen:
         script, *rest = self.arguments
-        command = [sys.executable, str(TESTS / "slowly.py"), script, "--preset", "smoke", "--articles", str(self.material / "wiki.jsonl.gz"),
+        command = [sys.executable, str(TESTS / "slowly.py"), script, "--preset", "smoke", "--data", str(self.material / "data"),
                    "--runs-dir", str(self.runs), *rest]
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "TLM_SLOW_WRITE": str(seconds_a_write),
                        "OMP_WAIT_POLICY": "passive"}  # or else two runs side by side spin against each other
@@ -159,21 +160,20 @@ def survives(straight: Job, halting: Job, moments: Sequence[str], seed: int) -> 
 
 
 def pretraining(material: Path, threads: int, kills: int) -> list[Job]:
-    arguments = ["pretrain.py", "--name", "run", "--steps", str(12 + 6 * kills), "--dropout", "0.1", "--optimizer", "muon"]
+    arguments = ["pretrain.py", "--name", "run", "--set", f"steps={12 + 6 * kills}", "dropout=0.1", "optimizer=muon"]
     return [Job(material, f"pretrain-{kind}-{threads}-{kills}", arguments, threads) for kind in ("straight", "halting")]
 
 
 def finetuning(material: Path, kills: int) -> list[Job]:
     start = Job(material, "start", ["pretrain.py", "--name", "run"])
     start.finish()
-    arguments = ["finetune.py", "--checkpoint", str(start.runs / "pretrain/run"), "--no-scratch", "--steps", str(12 + 6 * kills), "--task-file",
-                 str(material / "train.csv"), str(material / "test.csv")]
+    arguments = ["finetune.py", "--checkpoint", str(start.runs / "pretrain/run"), "--no-scratch", "--set", f"steps={12 + 6 * kills}"]
     return [Job(material, f"finetune-{kind}-{kills}", arguments) for kind in ("straight", "halting")]
 
 
 def committees(material: Path, kills: int) -> list[Job]:
-    arguments = ["committee.py", "--members", "2", "--deep", "none", "--jobs", "2", "--steps", str(3 + 3 * kills), "--ft-steps", str(2 + kills), "--task-file",
-                 str(material / "train.csv"), str(material / "test.csv")]
+    arguments = ["committee.py", "--members", "2", "--deep", "none", "--jobs", "2", "--set", f"steps={3 + 3 * kills}",
+                 "--finetune-set", f"steps={2 + kills}"]
     return [Job(material, f"committee-{kind}-{kills}", arguments) for kind in ("straight", "halting")]
 
 
@@ -205,8 +205,7 @@ def test_killed_committee_gives_the_same_table(material: Path) -> None:
 
 def test_a_process_killed_as_it_starts(material: Path) -> None:
     """It has not read yet what the parent sends, which must not wait for it for ever."""
-    job = Job(material, "early-child", ["committee.py", "--task-file", str(material / "train.csv"), str(material / "test.csv"), "--members", "2",
-                                        "--deep", "none", "--jobs", "2"])
+    job = Job(material, "early-child", ["committee.py", "--members", "2", "--deep", "none", "--jobs", "2"])
     process = job.start()
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     found: list[str] = []
@@ -235,7 +234,7 @@ def test_killed_many_times(material: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_tells_so_by_its_status(material: Path, number: int) -> None:
-    job = Job(material, f"signal-{number}", ["pretrain.py", "--name", "run", "--steps", "400"])
+    job = Job(material, f"signal-{number}", ["pretrain.py", "--name", "run", "--set", "steps=400"])
     process = job.start()
     while process.poll() is None and not (job.runs / "pretrain/run/last.pt").exists():
         time.sleep(0.01)
@@ -245,18 +244,21 @@ def test_a_signal_saves_and_tells_so_by_its_status(material: Path, number: int) 
     assert 0 < step < 400 and f"stopped at step {step}" in job.shown()
 
 
-def test_sigterm_before_training_leaves_no_temporary_files(material: Path) -> None:
-    job = Job(material, "early", ["pretrain.py", "--name", "run", "--vocab-size", "150"])
-    process = job.start()
-    while process.poll() is None and not list(job.runs.glob("tokenizers/*.tmp")):
+def test_sigterm_while_a_folder_is_made_leaves_no_half_folder(material: Path) -> None:
+    place = material / "many/x"
+    command = [sys.executable, str(TESTS.parent / "data.py"), "prepare", str(place), "--articles", str(material / "wiki.jsonl.gz"), "--vocab-size", "150"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8")
+    while process.poll() is None and not (material / "many/.x.tmp").exists():
         time.sleep(0.001)
     process.terminate()
-    assert process.wait(timeout=60) == 143 and not list(job.runs.rglob("*.tmp")), job.shown()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err and [p.name for p in (material / "many").iterdir()] == [".x.lock"], out + err
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0 and (place / "dataset.json").exists()
 
 
 def test_two_at_once_in_one_folder(material: Path) -> None:
     """The second names the first and refuses; when the first is killed, the lock is gone, although its file stays."""
-    job = Job(material, "two", ["pretrain.py", "--name", "run", "--steps", "400"])
+    job = Job(material, "two", ["pretrain.py", "--name", "run", "--set", "steps=400"])
     first = job.start(seconds_a_write=0.0005)
     while first.poll() is None and job.holders() != [first.pid]:
         time.sleep(0.01)
@@ -265,5 +267,5 @@ def test_two_at_once_in_one_folder(material: Path) -> None:
     assert first.poll() is None, "the second ended the first"
     first.kill()
     first.wait(timeout=60)
-    job.arguments = [*job.arguments[:-1], "400", "--fresh", "--steps", "2"]
+    job.arguments = [*job.arguments[:-1], "steps=2", "--fresh"]
     job.finish()

@@ -16,7 +16,7 @@ import torch
 
 import pretrain as pretraining
 from data import InputError
-from material import small_tokenizer, write_articles
+from material import small_tokenizer, write_articles, write_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not shutil.which("ps"), reason="needs gloo, ps and a signal")
@@ -29,8 +29,7 @@ def torchrun(processes: int, arguments: list[str]) -> subprocess.Popen:
 
 
 def smoke(articles: Path, runs: Path) -> list[str]:
-    return ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(runs), "--name", "r", "--batch-size", "4", "--device", "cpu",
-            "--dtype", "fp32"]
+    return ["--preset", "smoke", "--data", str(articles), "--runs-dir", str(runs), "--name", "r", "--device", "cpu", "--dtype", "fp32"]
 
 
 def losses(folder: Path) -> list[float]:
@@ -41,10 +40,10 @@ def losses(folder: Path) -> list[float]:
 def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, of which one alone is told to stop; three go on, one of them with no text of four to do. The steps, in parts on the
     ranks, are those of a single process: the same losses, the same weights."""
-    articles = write_articles(tmp_path / "wiki é.jsonl.gz", 150)
+    articles = write_folder(tmp_path / "data é", write_articles(tmp_path / "wiki é.jsonl.gz", 150))
 
     def arguments(runs: str) -> list[str]:
-        return [*smoke(articles, tmp_path / runs), "--steps", "240", "--micro-batch", "1", "--head-sample", "60"]
+        return [*smoke(articles, tmp_path / runs), "--set", "batch_size=4", "steps=240", "micro_batch=1", "head_sample=60"]
 
     ranks = tmp_path / "ranks" / "pretrain" / "r"
     process = torchrun(2, arguments("ranks"))
@@ -75,19 +74,19 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(not pretraining.can_compile(True), reason="no C++ compiler")
 def test_compiled_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    articles = write_articles(tmp_path / "wiki.jsonl.gz", 150)
-    process = torchrun(2, [*smoke(articles, tmp_path / "ranks"), "--steps", "6", "--compile"])
+    articles = write_folder(tmp_path / "data", write_articles(tmp_path / "wiki.jsonl.gz", 150))
+    process = torchrun(2, [*smoke(articles, tmp_path / "ranks"), "--set", "batch_size=4", "steps=6", "--compile"])
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and "2 ranks" in out, err
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *smoke(articles, tmp_path / "one"), "--steps", "6"])
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *smoke(articles, tmp_path / "one"), "--set", "batch_size=4", "steps=6"])
     pretraining.main()
     ranks, one = (losses(tmp_path / runs / "pretrain" / "r") for runs in ("ranks", "one"))
     assert len(one) == 6 and ranks == pytest.approx(one, abs=2e-4)
 
 
 def test_bad_input_on_several_ranks_is_one_line(tmp_path: Path) -> None:
-    out, err = torchrun(2, ["--articles", str(tmp_path / "none.txt"), "--runs-dir", str(tmp_path)]).communicate(timeout=60)
-    assert err.count("error: ") == 1 and "no such file" in err, err
+    out, err = torchrun(2, ["--data", str(tmp_path / "none"), "--runs-dir", str(tmp_path)]).communicate(timeout=60)
+    assert err.count("error: ") == 1 and "no data folder" in err, err
 
 
 def test_a_runs_folder_that_another_machine_does_not_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 import reference_recipe as theirs  # noqa: E402
-from data import InputError, TokenTable, make_table  # noqa: E402
+from data import InputError, TokenTable, encode_texts  # noqa: E402
 from material import articles, small_tokenizer  # noqa: E402
 from model import MaskedLM, named_config  # noqa: E402
 from tokenizer import CLS, MASK  # noqa: E402
@@ -19,8 +19,8 @@ SMALL = theirs.Reference(layers=1, width=64, heads=1, vocab_size=200, epochs=2, 
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory: pytest.TempPathFactory) -> TokenTable:
-    return make_table([a["text"] for a in articles(40)], small_tokenizer(), 32, tmp_path_factory.mktemp("t"), "x")
+def table() -> TokenTable:
+    return encode_texts([a["text"] for a in articles(40)], small_tokenizer(), 32)
 
 
 def test_it_learns(table: TokenTable) -> None:

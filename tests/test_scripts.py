@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
@@ -16,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import load_tasks, text_key
 from finetune import Predictor
-from material import articles, write_articles, write_raw_folder, write_task_file
+from material import articles, write_articles, write_folder, write_raw_folder, write_task_file
 from pretrain import choose_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,12 +41,13 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_raw_folder(folder / "raw")
     write_task_file(folder / "train.csv", 20)
     write_task_file(folder / "test.csv", 10, seed=1)
+    write_folder(folder / "data/own", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
+    write_folder(folder / "data/tasks", folder / "wiki.jsonl.gz", tasks=("fewrel", "dbpedia"), raw_dir=folder / "raw", test_per_class=4)
     return folder
 
 
-def sources(folder: Path) -> list[str]:
-    return ["--preset", "smoke", "--articles", str(folder / "wiki.jsonl.gz"), "--raw-dir", str(folder / "raw"),
-            "--runs-dir", str(folder / "runs")]
+def sources(folder: Path, data: str = "own") -> list[str]:
+    return ["--preset", "smoke", "--data", str(folder / "data" / data), "--runs-dir", str(folder / "runs")]
 
 
 def test_tokenizer_script(material: Path) -> None:
@@ -74,16 +73,16 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     folder = material / "runs/pretrain/first"
     assert {p.name for p in folder.iterdir()} >= {"config.json", "log.jsonl", "last.pt", "tokenizer.model", "results.json"}
     assert re.search(r"\S+ 0\.\d{3}  ", run("pretrain.py", "--fill-mask", "the [MASK] of france", folder))
-    out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", material / "test.csv",
-              "--seeds", "2", "--epochs", "2", "--plot", "--confusion")
+    out = run("finetune.py", *sources(material), "--checkpoint", folder,
+              "--seeds", "2", "--set", "epochs=2", "--plot", "--confusion")
     assert re.search(r"^  (\w+) taken for (?!\1)\w+: \d+ of 10 test rows\n {6}\w+ number 1\d{3} \w+ \1 today", out, flags=re.M), out
-    with np.load(next((material / "runs/finetune").glob("train-first-seed0-*")) / "logits.npz") as file:
+    with np.load(next((material / "runs/finetune").glob("own-first-seed0-*")) / "logits.npz") as file:
         wrong = int((file["logits"].argmax(1) != file["labels"]).sum())
     counts = [int(n) for n in re.findall(r"taken for \w+: (\d+) of", out)]
     assert counts == sorted(counts, reverse=True) and sum(counts) <= wrong <= sum(counts) + counts[-1]  # of 6 pairs, 5 are shown
     assert Path(re.search(r"(\S.*\.png) written", out)[1]).read_bytes().startswith(b"\x89PNG")
-    assert re.search(r"train bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
-    run_folder = next((material / "runs/finetune").glob("train-first-seed0-*"))
+    assert re.search(r"own bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
+    run_folder = next((material / "runs/finetune").glob("own-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
     assert answer["label"] in ("brazil", "france", "japan") and sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
     (material / "lines.txt").write_text("one\n\nthree\x0cé\n", encoding="utf-8")
@@ -94,49 +93,26 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     assert [json.loads(line) for line in shown.stdout.decode("utf-8").splitlines()] == answers  # whatever the terminal's encoding
 
 
-def test_any_max_length(material: Path) -> None:
-    """Texts are padded to multiples of 8, but never to more than a model has positions."""
-    common = [*sources(material), "--max-length", "13"]
-    out = run("committee.py", *common, "--task-file", material / "train.csv", material / "test.csv", "--members", "2", "--deep", "none")
-    assert "committee of 2" in out
-    trained = next((material / "runs/finetune").glob("train-bert-1-*-*"))
-    assert json.loads((trained / "config.json").read_text(encoding="utf-8"))["config"]["max_length"] == 13
-    assert '"label"' in run("finetune.py", "--predict", "a river of france and a city of japan " * 9, trained)
-
-
-def test_test_texts_that_a_run_may_have_read_are_told(material: Path) -> None:
-    common = ["--preset", "smoke", "--raw-dir", material / "raw", "--runs-dir", material / "runs-kept", "--task", "topics"]
-    few, many, none = ["--test-per-class", "4"], ["--test-per-class", "8"], ["--no-scratch", "--steps", "2"]
-    for name, flags in (("few", few), ("other", ["--task", "fewrel", "--test-per-class", "4", "--train-per-class", "5"])):
-        run("pretrain.py", *common, *flags, "--name", name, "--steps", "2")
-    told = {(name, rows[1]): re.findall(r"note: (\d+) test texts of topics may be", run(
-        "finetune.py", *common, *rows, *none, "--checkpoint", material / "runs-kept/pretrain" / name))
-        for name, rows in (("few", few), ("few", many), ("other", few))}
-    assert told[("few", "4")] == [] and told[("other", "4")] == ["12"] and 0 < int(told[("few", "8")][0]) <= 24
-    run("pretrain.py", *common, *many, "--name", "few", "--steps", "2", "--fresh")
-    assert "may be" not in run("finetune.py", *common, *many, *none, "--checkpoint", material / "runs-kept/pretrain/few")
-
-
 def test_a_checkpoint_is_known_by_its_weights(material: Path) -> None:
     """Trained again with changed code under the same name, it is another start; named twice, no second seed."""
     folder = material / "runs/pretrain/weights"
-    run("pretrain.py", *sources(material), "--name", "weights", "--steps", "2")
+    run("pretrain.py", *sources(material), "--name", "weights", "--set", "steps=2")
     def tested() -> set[Path]:
-        out = run("finetune.py", *sources(material), "--checkpoint", folder, "--task-file", material / "train.csv", "--steps", "2")
-        assert "note: --articles: without effect" in out
-        return set((material / "runs/finetune").glob("train-weights-*"))
+        out = run("finetune.py", *sources(material), "--checkpoint", folder, "--set", "steps=2")
+        assert "error" not in out
+        return set((material / "runs/finetune").glob("own-weights-*"))
     assert len(before := tested()) == 1 and tested() == before
     saved = torch.load(folder / "last.pt", weights_only=True)
     saved["model"]["norm.bias"] += 1
     torch.save(saved, folder / "last.pt")
     assert len(tested()) == 2
-    twice = run("finetune.py", *sources(material), "--checkpoint", folder, folder, "--task-file", material / "train.csv", status=2)
+    twice = run("finetune.py", *sources(material), "--checkpoint", folder, folder, status=2)
     assert "the same model, text and seed" in twice
 
 
 def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
-    out = run("finetune.py", *sources(material), "--model", "bert-1", "--task-file", material / "train.csv", material / "test.csv",
-              "--epochs", "15", "--pooling", "mean")
+    out = run("finetune.py", *sources(material), "--model", "bert-1",
+              "--set", "epochs=15", "pooling=mean", "per_class=20")
     assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80
 
 
@@ -147,18 +123,18 @@ def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
                 for head, ends in (("france", ("[# france #]", "[@ japan @]")), ("japan", ("[@ france @]", "[# japan #]")))
                 for a, b in (ends, ends[::-1])]
         (material / f"head-{part}.csv").write_text("".join(["label,text\n", *rows]), encoding="utf-8")
-    command = ["finetune.py", *sources(material), "--model", "bert-1", "--task-file", material / "head-train.csv", material / "head-test.csv"]
-    out = run(*command, "--epochs", "15", "--pooling", "entities")
+    write_folder(material / "data/head", material / "wiki.jsonl.gz", [material / "head-train.csv", material / "head-test.csv"])
+    out = run("finetune.py", *sources(material, "head"), "--model", "bert-1", "--set", "epochs=15", "pooling=entities", "per_class=100")
     assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 95
-    (folder,) = (material / "runs/finetune").glob("head-train-scratch-*")
+    (folder,) = (material / "runs/finetune").glob("head-scratch-*")
     for text, label in (("from [@ japan @] to [# france #] by river", "france"), ("from [@ france @] to [# japan #]", "japan")):
         assert json.loads(run("finetune.py", "--predict", text, folder))["label"] == label
     for text in ("japan", "[# japan #] to france", "from [@ japan @]"):
         assert f"not both are in '{text}'" in run("finetune.py", "--predict", text, folder, status=2)
-    command = ["committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--deep", "none",
-               "--members", "2", "--ft-pooling", "entities"]
-    assert "task fewrel: pooling entities" in run(*command, status=2)
-    assert "committee of 2 bert-1" in run(*command, "--entity-markers")
+    more = ["--task", "fewrel", "--deep", "none", "--members", "2", "--finetune-set", "pooling=entities"]
+    assert "task fewrel: pooling entities" in run("committee.py", *sources(material, "tasks"), *more, status=2)
+    write_folder(material / "data/marked", material / "wiki.jsonl.gz", tasks=("fewrel",), raw_dir=material / "raw", entity_markers=True)
+    assert "committee of 2 bert-1" in run("committee.py", *sources(material, "marked"), *more)
 
 
 def test_another_script_than_latin(material: Path) -> None:
@@ -168,17 +144,17 @@ def test_another_script_than_latin(material: Path) -> None:
     for name in ("train.csv", "test.csv"):
         head, _, rows = (material / name).read_text(encoding="utf-8").partition("\n")
         (material / f"ελλ-{name}").write_text(f"{head}\n{rows.translate(greek)}", encoding="utf-8")
-    out = run("finetune.py", "--preset", "smoke", "--articles", material / "ελληνικά.txt", "--runs-dir", material / "runs-ελλ", "--task-file",
-              material / "ελλ-train.csv", material / "ελλ-test.csv", "--epochs", "15", "--pooling", "mean")
-    (folder,) = (material / "runs-ελλ/finetune").glob("ελλ-train-scratch-*")
+    run("data.py", "prepare", material / "data/ελλ", "--preset", "smoke", "--articles", material / "ελληνικά.txt", "--labels",
+        material / "ελλ-train.csv", material / "ελλ-test.csv")
+    out = run("finetune.py", *sources(material, "ελλ"), "--set", "epochs=15", "pooling=mean", "per_class=20")
+    (folder,) = (material / "runs/finetune").glob("ελλ-scratch-*")
     answer = Predictor(folder, choose_hardware("cpu"))(["river number 3 crosses brazil today".translate(greek)])[0]
     assert next(iter(answer)) == "brazil".translate(greek) and len(answer) == 3
     assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80  # so the letters did not become [UNK]
 
 
 def test_committee_script(material: Path) -> None:
-    command = ["committee.py", *sources(material), "--task", "fewrel", "dbpedia", "--train-per-class", "5", "--test-per-class", "4",
-               "--member-model", "bert-1", "bert-1-conv2", "--repeats", "2"]
+    command = ["committee.py", *sources(material, "tasks"), "--member-model", "bert-1", "bert-1-conv2", "--repeats", "2"]
     out = run(*command)
     for line in ("committee of 2 bert-1+bert-1-conv2", "bert-6: pre-training gives", "latency, one text of fewrel"):
         assert line in out
@@ -200,26 +176,26 @@ def test_committee_script(material: Path) -> None:
 
 def test_embedded_default_from_the_raw_folder(material: Path) -> None:
     """In one process, and in two: with as many threads each, the same table."""
-    shown = [run("committee.py", "--preset", "smoke", "--raw-dir", material / "raw", "--runs-dir", material / f"runs-default-{jobs}",
-                 "--train-per-class", "5", "--test-per-class", "6", "--members", "2", "--jobs", jobs) for jobs in ("1", "2")]
+    run("data.py", "prepare", material / "data/default", "--preset", "smoke", "--task", "topics", "--raw-dir", material / "raw")
+    shown = [run("committee.py", *sources(material, "default"), "--runs-dir", material / f"runs-default-{jobs}", "--members", "2", "--jobs", jobs)
+             for jobs in ("1", "2")]
     assert "topics: 3 classes" in shown[0] and "next, on the paper's data" in shown[0] and "2 processes" in shown[1]
     tables = [re.search(r"^topics: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in shown]
-    assert tables[0] == tables[1] and not any("may be among" in text for text in shown)
+    assert tables[0] == tables[1]
 
 
 def test_committee_without_a_deep_model(material: Path) -> None:
     """One cell of a study: some seeds of a shallow model, its gap, its committee."""
     kept = material / "cell.json"
-    out = run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--deep", "none",
-              "--members", "2", "--out", kept)
+    out = run("committee.py", *sources(material, "tasks"), "--task", "fewrel", "--deep", "none", "--members", "2", "--out", kept)
     part = json.loads(kept.read_text(encoding="utf-8"))["tasks"]["fewrel"]
     assert "bert-6" not in out and set(part["models"]) == {"bert-1"} and len(part["models"]["bert-1"]["scratch"]) == 2
     assert set(part["quality"]) == {"member", "committee", "agreement"} and 0 <= part["quality"]["agreement"] <= 1
 
 
 def test_bad_input_in_a_process_of_its_own(material: Path) -> None:
-    out = run("committee.py", *sources(material), "--task", "fewrel", "--train-per-class", "5", "--test-per-class", "4", "--jobs", "2",
-              "--lr", "900", "--warmup", "0", "--clip", "0", "--steps", "40", status=2)
+    out = run("committee.py", *sources(material, "tasks"), "--task", "fewrel", "--jobs", "2",
+              "--set", "lr=900", "warmup=0", "clip=0", "steps=40", status=2)
     assert "lower --lr" in out and out.count("error: ") == 1
 
 
@@ -228,8 +204,7 @@ def test_a_signal_ends_all_processes_and_loses_nothing(material: Path) -> None:
     """SIGTERM to the first process alone; the same command then goes on and gives the table of an undisturbed run. Steps enough that the
     first process is still at work, some 5 s, when the second has begun."""
     def command(runs: str) -> list[str]:
-        return ["committee.py", *map(str, sources(material)), "--runs-dir", str(material / runs), "--task", "fewrel", "--train-per-class", "5",
-                "--test-per-class", "4", "--steps", "1500", "--jobs", "2", "--members", "2", "--deep", "none"]
+        return ["committee.py", *sources(material, "tasks"), "--runs-dir", str(material / runs), "--task", "fewrel", "--set", "steps=1500", "--jobs", "2", "--members", "2", "--deep", "none"]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, str(ROOT / "committee.py"), *command("halted")[1:]], env=environment, text=True,
@@ -250,145 +225,97 @@ def test_a_signal_ends_all_processes_and_loses_nothing(material: Path) -> None:
 
 def test_committee_on_a_file_of_ones_own(material: Path) -> None:
     kept = material / "own.json"
-    out = run("committee.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv", "--members", "1",
-              "--deep", "none", "--out", kept)
-    assert "train: 3 classes" in out and json.loads(kept.read_text(encoding="utf-8"))["settings"]["task_file"][0].endswith("train.csv")
+    out = run("committee.py", *sources(material), "--members", "2", "--deep", "none", "--out", kept)
+    assert "own: 3 classes" in out and json.loads(kept.read_text(encoding="utf-8"))["settings"]["tasks"] == ["own"]
+    committee = Path(re.search(r"(\S.*)results\.json written", out)[1])
+    text = "bridge number 3 crosses brazil today"
+    voted = json.loads(run("committee.py", "--predict", text, committee))["probabilities"]
+    names = json.loads((committee / "results.json").read_text(encoding="utf-8"))["tasks"]["own"]["voters"]
+    voters = [Predictor(material / "runs/finetune" / name, choose_hardware("cpu"))([text])[0] for name in names]
+    assert len(voters) == 2 and voted == {name: pytest.approx((voters[0][name] + voters[1][name]) / 2, abs=2e-4) for name in voted}
+    assert "no committee for task 'agnews'" in run("committee.py", "--predict", text, committee, "--task", "agnews", status=2)
     assert "name a file" in run("committee.py", *sources(material), "--out", material, status=2)
 
 
 def test_the_deep_model_has_its_own_time(material: Path) -> None:
     """--deep-time-budget is the deep model's alone: the member takes its steps."""
     kept = material / "deep.json"
-    run("committee.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv", "--members", "1", "--steps", "3",
+    run("committee.py", *sources(material), "--members", "1", "--set", "steps=3",
         "--deep-time-budget", "0.1", "--out", kept)
     steps = {name[:6]: trained["steps"] for name, trained in json.loads(kept.read_text(encoding="utf-8"))["pretraining"].items()}
     assert steps["bert-1"] == 3 and steps["bert-6"] > 20
 
 
-def test_members_are_trained_one_by_one_and_gathered(material: Path) -> None:
-    """One member in a call of its own, and the call after it gathers: it trains the other alone."""
-    command = ["committee.py", *sources(material), "--runs-dir", material / "runs-member", "--task-file", material / "train.csv",
-               material / "test.csv", "--members", "2", "--deep", "none", "--jobs", "1"]
-    out = run(*command, "--member", "2")
-    assert out.count(": accuracy ") == 2 and "next: the other members" in out
-    (alone,) = (material / "runs-member/pretrain").glob("*/last.pt")
-    assert "-seed101-" in str(alone)  # number 2
-    stamp = alone.stat().st_mtime_ns
-    out = run(*command, "--plot")
-    assert re.search(r"accuracies\.png written", out)
-    assert "committee of 2 bert-1" in out and alone.stat().st_mtime_ns == stamp
-    assert len(list((material / "runs-member/pretrain").glob("*/last.pt"))) == 2
-    assert "there are 2, numbered from 1, and no deep model" in run(*command, "--member", "3", status=2)
-    committee = Path(re.search(r"(\S.*)results\.json written", out)[1])
-    text = "bridge number 3 crosses brazil today"
-    voted = json.loads(run("committee.py", "--predict", text, committee))["probabilities"]
-    hardware = choose_hardware("cpu")
-    voters = [Predictor(folder, hardware)([text])[0] for folder in (material / "runs-member/finetune").glob("train-bert*")]
-    assert len(voters) == 2 and voted == {name: pytest.approx((voters[0][name] + voters[1][name]) / 2, abs=2e-4) for name in voted}
-    own = ["--task-file", material / "train.csv"]
-    assert json.loads(run("committee.py", "--predict", text, committee, *own))["probabilities"] == voted
-    assert "no committee for task 'agnews'" in run("committee.py", "--predict", text, committee, "--task", "agnews", status=2)
+def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_path: Path) -> None:
+    """finetune.py reads the checkpoint's folder; another one needs the same tokenizer; one made anew with other text is refused."""
+    place = tmp_path / "data/x"
+    write_folder(place, material / "wiki.jsonl.gz", [material / "train.csv"])
+    runs = ["--preset", "smoke", "--runs-dir", tmp_path / "runs"]
+    run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2")
+    checkpoint = tmp_path / "runs/pretrain/first"
+    assert "x bert-1" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--no-scratch")
+    assert "its tokenizer is not that of" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", material / "data/ελλ", status=2)
+    write_folder(tmp_path / "data/labels", labels=[material / "test.csv"], tokenizer=checkpoint / "tokenizer.model")
+    out = run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", tmp_path / "data/labels", "--no-scratch")
+    assert "labels bert-1" in out and "may hold test texts" in out
+    assert "holds 0 articles" in run("pretrain.py", *runs, "--data", tmp_path / "data/labels", status=2)
+    write_articles(tmp_path / "other.jsonl.gz", 150, seed=8)
+    run("data.py", "prepare", place, "--preset", "smoke", "--articles", tmp_path / "other.jsonl.gz", "--fresh")
+    assert "was made anew" in run("finetune.py", *runs, "--checkpoint", checkpoint, status=2)
+    assert "made with other settings" in run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2", status=2)
+    assert "has no task 'agnews'" in run("finetune.py", *runs, "--data", material / "data/own", "--task", "agnews", status=2)
+    dev = run("finetune.py", *runs, "--data", material / "data/own", "--split", "dev", "--confusion")
+    assert "of 2 test rows" in dev  # a tenth of twenty rows a class
 
 
-def test_ablation_script(material: Path) -> None:
-    """Arms of recipes; what it classifies are training rows, never test rows."""
-    out = material / "ablation.json"
-    shown = run("results/ablate.py", *sources(material), "--task", "fewrel", "--tuning-rows", "4", "--seeds", "2", "--out", out,
-                "--arms", '{"smoke": {}, "counts": {"count_start": 0.1, "vocab_size": 200}}')
-    record = json.loads(out.read_text(encoding="utf-8"))
-    arms = record["arms"]
-    assert record["command"].startswith("python results/ablate.py --"), "a command to repeat, from the repository's root"
-    assert [len(arm["held_out_loss"]) for arm in arms.values()] == [2, 2] and set(arms) == {"smoke", "counts"}
-    assert all(len(arm["tasks"]["fewrel"]["models"]["bert-1"][kind]) == 2 for arm in arms.values() for kind in ("pretrained", "scratch"))
-    assert all(len(arm["break_seconds"]) == 2 for arm in arms.values())
-    assert "counts" in shown and "further training rows" in out.read_text(encoding="utf-8")
+def test_data_script(material: Path, tmp_path: Path) -> None:
+    out = run("data.py")
+    assert "fewrel/train_wiki.json" in out and "CC BY-SA 4.0" in out
+    command = ["data.py", "prepare", tmp_path / "x", "--preset", "smoke", "--articles", material / "wiki.jsonl.gz", "--labels", material / "train.csv"]
+    first = run(*command)
+    assert "task x: 3 classes" in first and "is there" in run(*command)
+    assert "made otherwise (max_length 32 there, 24 now)" in run(*command, "--max-length", "24", status=2)
+    assert "texts of 24 tokens" in run(*command, "--max-length", "24", "--fresh")
+    assert "give the folder a name" in run("data.py", "prepare", "--articles", material / "wiki.jsonl.gz", status=2)
+    selected = run("data.py", "select", material / "data/own", tmp_path / "high", "--overlap", "high", "--task", "own", "--count", "20")
+    assert json.loads(selected[selected.index("{") :])["articles"] == 20
+    assert "name one with --task" in run("data.py", "select", material / "data/own", tmp_path / "clean", "--clean", status=2)
+    out = run("pretrain.py", "--preset", "smoke", "--data", tmp_path / "high", "--runs-dir", tmp_path / "runs", "--max-articles", "9")
+    assert "held-out loss" in out
 
 
-def test_ablation_never_sees_a_test_row(material: Path) -> None:
-    """Every row of the task it trains and classifies is a training row of the official file, none a test text."""
-    sys.path.insert(0, str(ROOT / "results"))
-    import ablate
-
-    args = argparse.Namespace(task=["topics"], task_file=None, raw_dir=material / "raw", prepared=None, entity_markers=False, preset="smoke", tune=False,
-                              min_class_size=0, train_per_class=5, test_per_class=5, tuning_rows=4)
-    (real,) = load_tasks(args)
-    task = ablate.tuning_task(real, args)
-    seen, test = ({text_key(text) for text, _ in rows} for rows in (task.train + task.test, real.test))
-    assert len(task.test) == 12 and len(task.train) == len(real.train) == 15 and task.test_titles and not seen & test
-
-
-def test_bag_of_words_script(material: Path) -> None:
-    """The label is a word of the text, so a bag of words finds it."""
-    out = run("results/bag_of_words.py", *sources(material), "--task-file", material / "train.csv", material / "test.csv",
-              "--out", material / "bag.json")
-    assert float(re.search(r"by idf: ([\d.]+) %", out)[1]) > 90 and "counted directions" in out
-    assert "train" in json.loads((material / "bag.json").read_text(encoding="utf-8"))["tasks"]
-
-
-def test_data_script(material: Path) -> None:
-    assert "official size" not in run("data.py", "--raw-dir", material / "nothing") and "MIT" in run("data.py")
-    out = run("data.py", "overlap", *sources(material), "--task", "fewrel", "--vocab-size", "150", "--max-length", "16", "--arm", "high",
-              "--arm-count", "20")
-    assert '"articles": 20' in out
-    assert " 7 held out" in run("data.py", "fetch", *sources(material), "--task", "fewrel")
-    prepared = material / "prepared"
-    own = prepared / "tokenizer.model"
-    encode = ["data.py", "encode", *sources(material), "--vocab-size", "150", "--max-length", "16", "--task", "fewrel", "--out", prepared]
-    run(*encode)
-    assert "is there already" in run(*encode, status=2)
-    losses = {}
-    for arm in ("high", "shuffled", "unigram"):
-        out = run("pretrain.py", *sources(material), "--task", "fewrel", "--max-length", "16", "--tokenizer", own, "--arm", arm,
-                  "--arm-count", "20")
-        losses[arm] = re.search(r"held-out loss ([\d.]+) nats \(unigram baseline ([\d.]+)", out).groups()
-    assert len({loss for loss, _ in losses.values()}) == 3, "an arm has no effect"
-    assert losses["shuffled"][1] == losses["unigram"][1], "a control has other frequencies"
-    elsewhere = ["--preset", "smoke", "--raw-dir", material / "nothing", "--runs-dir", material / "runs-elsewhere", "--prepared", prepared]
-    both = [run("committee.py", *source, "--max-length", "16", "--task", "fewrel", "--articles-count", "100", "--deep", "none", "--members", "1")
-            for source in (elsewhere, [*sources(material), "--tokenizer", own])]
-    tables = [re.search(r"^fewrel: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in both]
-    assert tables[0] == tables[1], "a prepared folder gives another result than the files it was made from"
-    for flags, message in ((["--max-length", "32"], "holds 143 texts of 16 tokens"), (["--max-length", "16", "--articles-count", "9999"], "9999"),
-                           (["--max-length", "16", "--arm", "clean"], "holds tokens alone"), (["--max-length", "16", "--task", "agnews"], "without task"),
-                           (["--train-per-class", "3"], "has settled that")):
-        assert message in run("committee.py", *elsewhere, "--task", "fewrel", *flags, status=2)
-    elsewhere[-1] = material / "whole"
-    run(*encode[:-1], elsewhere[-1], "--whole-articles")
-    assert "held-out loss" in run("pretrain.py", *elsewhere, "--max-length", "16", "--steps", "2")
-    assert "whole articles, end to end" in run("pretrain.py", *elsewhere, "--max-length", "16", "--articles-count", "20", status=2)
+PREPARE = ["data.py", "prepare", "NEW", "--preset", "smoke"]
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["pretrain.py", "--articles", "no-such-file.txt"], "no such file"),
-    (["pretrain.py", "--articles", "ARTICLES", "--width", "100"], "width 100 is not a positive multiple of 64"),
-    (["pretrain.py", "--articles", "ARTICLES", "--optimizer", "sgd"], "there are adamw and muon"),
-    (["pretrain.py", "--articles", "ARTICLES", "--whole-articles", "--arm", "high"], "leave --whole-articles out"),
-    (["data.py", "overlap", "--articles", "ARTICLES", "--whole-articles"], "leave --whole-articles out"),
-    (["pretrain.py", "--articles", "ARTICLES", "--vocab-size", "60000"], "largest that fits"),
-    (["pretrain.py", "--articles", "ARTICLES", "--device", "cuda"], "--device cpu"),
-    (["finetune.py", "--checkpoint", "nowhere", "--task-file", "TRAIN"], "is this a run folder"),
+    ([*PREPARE, "--articles", "no-such-file.txt"], "no such file"),
+    ([*PREPARE, "--articles", "ARTICLES", "--vocab-size", "60000"], "largest that fits"),
+    ([*PREPARE, "--articles", "PACKED"], "d.xml.gz: article files end in"),
+    ([*PREPARE, "--articles", "ARTICLES", "--count", "9999"], "--count 9999: there are"),
+    ([*PREPARE, "--articles", "ARTICLES", "--wiki", "simplewiki"], "--wiki: not allowed with argument --articles"),
+    ([*PREPARE, "--articles", "ARTICLES", "--labels", "TRAIN", "TRAIN", "TRAIN"], "at most one test file"),
+    ([*PREPARE, "--articles", "ARTICLES", "--labels", "ARTICLES"], "line 1"),
+    ([*PREPARE, "--articles", "ARTICLES", "--task", "fewrell"], "did you mean fewrel?"),
+    ([*PREPARE, "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW", "--train-per-class", "99"], "--min-class-size"),
+    ([*PREPARE, "--articles", "ARTICLES", "--max-length", "3"], "--max-length 3: must lie in"),
+    (["pretrain.py", "--data", "RAW"], "no data folder"),
+    (["pretrain.py", "--data", "OWN", "--set", "width=100"], "width 100 is not a positive multiple of 64"),
+    (["pretrain.py", "--data", "OWN", "--set", "optimizer=sgd"], "there are adamw and muon"),
+    (["pretrain.py", "--data", "OWN", "--set", "micro_batch=-1"], "micro_batch=-1: must lie in"),
+    (["pretrain.py", "--data", "OWN", "--set", "stepps=1"], "--set stepps=1: write FIELD=VALUE; the fields are epochs"),
+    (["pretrain.py", "--data", "OWN", "--max-articles", "9999"], "--max-articles is 9999"),
+    (["pretrain.py", "--data", "OWN", "--device", "cuda"], "--device cpu"),
+    (["pretrain.py", "--data", "OWN", "--device", "gpu"], "--device gpu: no such device here"),
+    (["pretrain.py", "--sede", "1"], "did you mean --seed?"),
+    (["finetune.py", "--checkpoint", "nowhere"], "nowhere"),
     (["finetune.py", "--predict", "x"], "--predict needs"),
-    (["pretrain.py", "--articles", "ARTICLES", "--device", "gpu"], "--device gpu: no such device here"),
-    (["pretrain.py", "--warmpu", "0.1"], "did you mean --warmup?"),
-    (["finetune.py", "--task", "fewrell"], "did you mean fewrel?"),
-    (["pretrain.py", "--articles", "ARTICLES", "--micro-batch", "-1"], "--micro-batch -1: must lie in"),
-    (["committee.py", "--articles", "ARTICLES", "--deep", "bert-1"], "is a member too"),
-    (["committee.py", "--articles", "ARTICLES", "--deep-time-budget", "-1"], "--deep-time-budget -1.0: must lie in"),
-    (["committee.py", "--articles", "ARTICLES", "--deep", "none", "--deep-time-budget", "1"], "there is no deep model"),
-    (["finetune.py", "--task-file", "TRAIN", "TRAIN", "TRAIN", "--articles", "ARTICLES"], "at most one test file"),
-    (["pretrain.py", "--articles", "PACKED"], "d.xml.gz: article files end in"),
-    (["pretrain.py", "--articles", "ARTICLES", "--articles-count", "9999"], "--articles-count 9999: there are"),
-    (["pretrain.py", "--articles", "ARTICLES", "--wiki", "simplewiki"], "--wiki: not allowed with argument --articles"),
-    (["pretrain.py", "--prepared", "RAW", "--tokenizer", "ARTICLES"], "has settled that"),
-    (["finetune.py", "--task-file", "TRAIN", "--articles", "ARTICLES", "--width", "100", "--preset", "smoke"], "--width: width 100"),
-    (["finetune.py", "--task-file", "ARTICLES", "--articles", "ARTICLES"], "line 1"),
-    (["committee.py", "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW"], "--min-class-size"),
-    (["results/ablate.py", "--task", "fewrel", "agnews", "--out", "x.json"], "one named --task"),
-    (["results/ablate.py", "--arms", '{"a": {"heads": 2, "wdith": 64}}', "--out", "x.json"], "wdith: 64 is no setting"),
+    (["committee.py", "--data", "OWN", "--deep", "bert-1"], "is a member too"),
+    (["committee.py", "--data", "OWN", "--deep-time-budget", "-1"], "time_budget=-1.0: must lie in"),
+    (["committee.py", "--data", "OWN", "--deep", "none", "--deep-time-budget", "1"], "there is no deep model"),
 ])
 def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str], message: str) -> None:
     names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw",
-             "PACKED": material / "d.xml.gz"}
+             "PACKED": material / "d.xml.gz", "OWN": material / "data/own", "NEW": material / "data/bad"}
     names["PACKED"].write_bytes(gzip.compress(b"<mediawiki></mediawiki>"))
     if message == "--device cpu" and __import__("torch").cuda.is_available():
         pytest.skip("there is a GPU")
@@ -396,3 +323,4 @@ def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str]
     out = run(*[names.get(a, a) for a in arguments], *extra, status=2)
     assert message in out
     assert len([line for line in out.splitlines() if line.startswith("error: ")]) == 1
+    assert not (material / "data/bad").exists() and not list((material / "data").glob(".*.tmp"))

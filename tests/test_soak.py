@@ -24,7 +24,7 @@ from loopback import Loopback
 from material import COUNT, record_reliability, write_articles, write_task_file
 
 TESTS = Path(__file__).resolve().parent
-STAGES = ("download", "tokenizer", "pretrain", "finetune", "committee")
+STAGES = ("download", "tokenizer", "prepare", "pretrain", "finetune", "committee")
 FAULTS = ("SIGKILL", "SIGTERM", "SIGINT", "file size limit", "damaged file", "server: short", "server: stall", "server: 503", "server: corrupt", "server: html",
           "server: wrong range", "server: endless")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="sends signals that Windows does not have")]
@@ -37,18 +37,20 @@ class Way:
         self.folder, self.server = folder, server
         body = (material / "wiki.jsonl.gz").read_bytes()
         articles, model, runs = folder / "wiki.jsonl.gz", folder / "own.model", folder / "runs"
-        common = ["--preset", "smoke", "--articles", str(articles), "--runs-dir", str(runs), "--tokenizer", str(model)]
-        task = ["--task-file", str(material / "train.csv"), str(material / "test.csv")]
+        place = folder / "data"
+        common = ["--preset", "smoke", "--data", str(place), "--runs-dir", str(runs)]
         fetch = (f"import sys; sys.path.insert(0, {str(TESTS.parent)!r}); import data; data.BACKOFF_SECONDS, data.TIMEOUT_SECONDS = 0.01, (2.0, 0.5); "
                  f"data.run_script(lambda: data.download({server.url + '/wiki.jsonl.gz'!r}, {str(articles)!r}, {len(body)}, {hashlib.sha256(body).hexdigest()!r}))")
         slowly = [sys.executable, str(TESTS / "slowly.py")]
         self.commands = {
             "download": [sys.executable, "-c", fetch],
             "tokenizer": [sys.executable, str(TESTS.parent / "tokenizer.py"), "--train", str(material / "plain.txt"), "--model", str(model), "--vocab-size", "200"],
-            "pretrain": [*slowly, "pretrain.py", *common, "--steps", "10", "--name", "run"],
-            "finetune": [*slowly, "finetune.py", *common, *task, "--checkpoint", str(runs / "pretrain/run")],
-            "committee": [*slowly, "committee.py", *common, *task, "--members", "2", "--deep", "none", "--jobs", "2", "--steps", "5", "--ft-steps", "5"]}
-        self.outputs = {"download": [articles], "tokenizer": [model], "pretrain": [runs / "pretrain/run" / name for name in ("last.pt", "config.json", "tokenizer.model")],
+            "prepare": [sys.executable, str(TESTS.parent / "data.py"), "prepare", str(place), "--preset", "smoke", "--articles", str(articles), "--tokenizer",
+                        str(model), "--labels", str(material / "train.csv"), str(material / "test.csv")],
+            "pretrain": [*slowly, "pretrain.py", *common, "--set", "steps=10", "--name", "run"],
+            "finetune": [*slowly, "finetune.py", *common, "--checkpoint", str(runs / "pretrain/run")],
+            "committee": [*slowly, "committee.py", *common, "--members", "2", "--deep", "none", "--jobs", "2", "--set", "steps=5", "--finetune-set", "steps=5"]}
+        self.outputs = {"download": [articles], "tokenizer": [model], "prepare": [place / "articles.bin", place / "dataset.json"], "pretrain": [runs / "pretrain/run" / name for name in ("last.pt", "config.json", "tokenizer.model")],
                         "finetune": [], "committee": []}
 
     def start(self, stage: str, **more) -> subprocess.Popen:
@@ -68,7 +70,7 @@ class Way:
 
     def result(self) -> tuple:
         """What must be the same every time: the committee's table, and all weights."""
-        table = re.search(r"^train: \d+ classes, \d+ training rows each.*?(?=^latency)", self.shown("committee"), flags=re.M | re.S)[0]
+        table = re.search(r"^data: \d+ classes, \d+ training rows each.*?(?=^latency)", self.shown("committee"), flags=re.M | re.S)[0]
         runs = self.folder / "runs"
         weights = {str(path.parent.relative_to(runs)): torch.load(path, weights_only=True)["model"] for path in runs.glob("*/*/last.pt")}
         return table, weights
@@ -94,12 +96,10 @@ def strike(way: Way, stage: str, fault: str, rng: random.Random) -> str:
         way.run(stage)
         path = rng.choice(way.outputs[stage])
         path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
-        if stage == "download":
-            way.run("tokenizer")  # which does not read it
-        next_stage = "pretrain" if stage == "download" else STAGES[STAGES.index(stage) + 1]
+        next_stage = "prepare" if stage in ("download", "tokenizer") else STAGES[STAGES.index(stage) + 1]
         status = way.run(next_stage)
         assert status == 2 and (path.name in way.shown(next_stage) or path.parent.name in way.shown(next_stage)), way.shown(next_stage)
-        for left in (path.parent.iterdir() if stage == "pretrain" else [path]):  # as the line says: delete it, it is made again
+        for left in (path.parent.iterdir() if stage in ("prepare", "pretrain") else [path]):  # as the line says: delete it, it is made again
             left.unlink()
         return "named"
     process = way.start(stage)
@@ -131,7 +131,7 @@ def test_soak(tmp_path: Path) -> None:
             folder.mkdir()
             way = Way(folder, tmp_path, server)
             fault = rng.choice(FAULTS)
-            struck = "download" if fault.startswith("server") else rng.choice(STAGES[:3] if fault == "damaged file" else STAGES)
+            struck = "download" if fault.startswith("server") else rng.choice(STAGES[:4] if fault == "damaged file" else STAGES)
             for stage in STAGES:
                 if cycle >= 0 and stage == struck:
                     outcome = strike(way, stage, fault, rng)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -19,11 +18,11 @@ import torch
 
 import pretrain as pretraining
 from committee import SoftCommittee
-from data import Corpus, DeviceTable, InputError, TokenTable, make_table
+from data import DataFolder, DeviceTable, InputError, TokenTable
 from finetune import difference
-from material import articles, small_tokenizer
+from material import corpus_of, articles, small_tokenizer
 from model import BertConfig, Classifier, ConvStem, MaskedLM, named_config
-from pretrain import (PRESETS, Hardware, Muon, Optimisation, PretrainRecipe, break_step, chosen_recipe, count_embeddings, count_neighbours,
+from pretrain import (PRESETS, Hardware, Muon, Optimisation, break_step, chosen_recipe, count_embeddings, count_neighbours,
                       held_out_loss, ids_with_masks, load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise,
                       plot_losses, pretrain, sample_pieces, schedule, show_forward_pass, start_from_counts, unigram_loss, update_weights)
 from tokenizer import CLS, FIRST_PIECE, MASK
@@ -32,10 +31,10 @@ CPU = Hardware(torch.device("cpu"), torch.float32, "test")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    tokenizer, folder = small_tokenizer(), tmp_path_factory.mktemp("tables")
+def corpus() -> DataFolder:
+    tokenizer = small_tokenizer()
     texts = [a["text"] for a in articles(120)]
-    return Corpus(tokenizer, make_table(texts[20:], tokenizer, 32, folder, "train"), make_table(texts[:20], tokenizer, 32, folder, "held"))
+    return corpus_of(texts[20:], texts[:20], tokenizer)
 
 
 def test_masking_is_berts_statistically() -> None:
@@ -68,7 +67,7 @@ def test_masking_is_berts_statistically() -> None:
     assert torch.equal(masked, again) and not torch.equal(masked, other)
 
 
-def test_every_seed_and_step_has_its_own_masks(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_seed_and_step_has_its_own_masks(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's CPU generator keeps the low 32 bits of a seed: seeds must not differ in the high ones alone."""
     draws = []
     original = pretraining.mask_tokens
@@ -80,7 +79,7 @@ def test_every_seed_and_step_has_its_own_masks(corpus: Corpus, tmp_path: Path, m
 
     monkeypatch.setattr(pretraining, "mask_tokens", spy)
     for seed in (0, 1, 2):
-        pretrain("bert-1", dataclasses.replace(PRESETS["smoke"], max_length=32, steps=3), corpus, seed, tmp_path, CPU)
+        pretrain("bert-1", dataclasses.replace(PRESETS["smoke"], steps=3), corpus, seed, tmp_path, CPU)
     assert len(draws) == 9 and len({tuple(d) for d in draws}) == 9
 
 
@@ -122,10 +121,10 @@ def test_schedule() -> None:
 
 
 def test_epochs_are_not_overruled_by_a_presets_steps() -> None:
-    args = {f.name: None for f in dataclasses.fields(PretrainRecipe)} | {"preset": "quick"}
-    assert chosen_recipe(argparse.Namespace(**args), PRESETS).steps == 300
-    assert chosen_recipe(argparse.Namespace(**args | {"epochs": 2}), PRESETS).steps == 0
-    assert chosen_recipe(argparse.Namespace(**args | {"epochs": 2, "steps": 7}), PRESETS).steps == 7
+    assert chosen_recipe(PRESETS["quick"], []).steps == 300
+    assert chosen_recipe(PRESETS["quick"], ["epochs=2"]).steps == 0
+    assert chosen_recipe(PRESETS["quick"], ["epochs=2", "steps=7"]).steps == 7
+    assert chosen_recipe(PRESETS["quick"], ["decay_all=true"]).decay_all is True
 
 
 def test_an_overflow_stops_both_optimizers() -> None:
@@ -190,9 +189,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("head_sample", [0, 60])
-def test_accumulation_is_exact(corpus: Corpus, tmp_path: Path, head_sample: int) -> None:
+def test_accumulation_is_exact(corpus: DataFolder, tmp_path: Path, head_sample: int) -> None:
     """Micro-batches with different numbers of masked tokens give the whole batch's gradient."""
-    whole = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=3, head_sample=head_sample)
+    whole = dataclasses.replace(PRESETS["smoke"], steps=3, head_sample=head_sample)
     runs = [pretrain("bert-1", dataclasses.replace(whole, micro_batch=size), corpus, 0, tmp_path, CPU) for size in (0, 3)]
     a, b = map(weights, runs)
     for name in a:
@@ -201,11 +200,11 @@ def test_accumulation_is_exact(corpus: Corpus, tmp_path: Path, head_sample: int)
     assert not torch.allclose(a["bert.token.weight"], other["bert.token.weight"], atol=1e-3)
 
 
-def test_more_positions_than_are_asked_change_nothing(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_positions_than_are_asked_change_nothing(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head sees a multiple of 64 positions, whatever the masks; the weights are those of the masked positions alone."""
     asked, original = list[int](), pretraining.F.cross_entropy
     monkeypatch.setattr(pretraining.F, "cross_entropy", lambda logits, labels, **more: asked.append(len(labels)) or original(logits, labels, **more))
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=3)
+    recipe = dataclasses.replace(PRESETS["smoke"], steps=3)
     a = weights(pretrain("bert-1", recipe, corpus, 0, tmp_path / "padded", CPU))
     assert all(count % 64 == 0 for count in asked[:3])
     monkeypatch.setattr(pretraining.F, "pad", lambda x, pad, value=0: x)
@@ -276,9 +275,9 @@ def test_a_rank_without_a_text_has_a_stem_too() -> None:
 
 
 @pytest.mark.parametrize("model, changes", [("bert-1", {"optimizer": "muon", "dropout": 0.1, "short_conv": True, "head_sample": 60}), ("bert-1-conv2", {"attention_dropout": 0.1})])
-def test_resume_is_bit_exact(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, changes: dict) -> None:
+def test_resume_is_bit_exact(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str, changes: dict) -> None:
     """Interrupted twice by a signal, once right after a step that is no line of the log; then equal to the last bit."""
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=250 if model == "bert-1" else 12, **changes)
+    recipe = dataclasses.replace(PRESETS["smoke"], steps=250 if model == "bert-1" else 12, **changes)
     straight = pretrain(model, recipe, corpus, 3, tmp_path / "straight", CPU)
     original = pretraining.mask_tokens
     for stop_at in (5, 8):
@@ -308,7 +307,7 @@ def test_resume_is_bit_exact(corpus: Corpus, tmp_path: Path, monkeypatch: pytest
     assert results[0]["held_out_loss"] == results[1]["held_out_loss"] and results[0]["train_loss"] == results[1]["train_loss"]
 
 
-def test_time_budget(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_budget(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training ends with its minutes, on its schedule; an interruption does not lengthen it. By a clock that ticks when it is read."""
     clock = {"now": 0.0}
 
@@ -317,7 +316,7 @@ def test_time_budget(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyP
         return clock["now"]
 
     monkeypatch.setattr(pretraining.time, "perf_counter", tick)
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=1, time_budget=0.05)
+    recipe = dataclasses.replace(PRESETS["smoke"], steps=1, time_budget=0.05)
     original, calls = pretraining.mask_tokens, {"n": 0}
 
     def interrupt(*args, **kwargs):
@@ -344,8 +343,8 @@ def test_time_budget(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyP
         pretraining.checked(dataclasses.replace(recipe, fault_schedule=True))
 
 
-def test_a_run_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=2)
+def test_a_run_folder_is_not_overwritten(corpus: DataFolder, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(PRESETS["smoke"], steps=2)
     folder = pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU, name="mine")
     before = (folder / "last.pt").stat().st_mtime_ns
     assert pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU, name="mine") == folder
@@ -357,21 +356,21 @@ def test_a_run_folder_is_not_overwritten(corpus: Corpus, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("head_sample", [0, 60])
-def test_training_leaves_the_unigram_baseline(corpus: Corpus, tmp_path: Path, head_sample: int) -> None:
+def test_training_leaves_the_unigram_baseline(corpus: DataFolder, tmp_path: Path, head_sample: int) -> None:
     """The made-up sentences have a simple grammar: a few hundred steps must beat word frequencies by far."""
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=300, batch_size=16, optimizer="muon", lr=1e-2, beta2=0.98,
+    recipe = dataclasses.replace(PRESETS["smoke"], steps=300, batch_size=16, optimizer="muon", lr=1e-2, beta2=0.98,
                                  head_sample=head_sample)
     results = json.loads((pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU) / "results.json").read_text(encoding="utf-8"))
-    seen = np.bincount(corpus.train.tokens, minlength=200)[FIRST_PIECE:] + 1.0
+    seen = np.bincount(corpus.articles.tokens, minlength=200)[FIRST_PIECE:] + 1.0
     counted = sum(-np.log(seen[t - FIRST_PIECE] / seen.sum()) for t in np.asarray(corpus.held_out.tokens, dtype=int) if t >= FIRST_PIECE)
     ordinary = int((np.asarray(corpus.held_out.tokens) >= FIRST_PIECE).sum())
-    assert results["unigram_loss"] == pytest.approx(counted / ordinary) == pytest.approx(unigram_loss(corpus.train, corpus.held_out, 200))
+    assert results["unigram_loss"] == pytest.approx(counted / ordinary) == pytest.approx(unigram_loss(corpus.articles, corpus.held_out, 200))
     assert results["held_out_loss"] < results["unigram_loss"] - 1.0
     assert results["held_out_accuracy"] > 0.4
 
 
-def test_non_finite_loss_stops_with_one_line(corpus: Corpus, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, steps=50, lr=1e30, warmup=0.0, clip=0.0)
+def test_non_finite_loss_stops_with_one_line(corpus: DataFolder, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(PRESETS["smoke"], steps=50, lr=1e30, warmup=0.0, clip=0.0)
     with pytest.raises(InputError, match="the loss is .* lower --lr"):
         pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU)
 
@@ -382,7 +381,7 @@ def test_counting_puts_tokens_that_share_texts_together(tmp_path: Path) -> None:
     subjects = [np.arange(5, 25), np.arange(25, 45)]
     texts = [np.concatenate([rng.choice(subjects[i % 2], 8), rng.choice(np.arange(45, 65), 6), [CLS]]) for i in range(400)]
     offsets = np.cumsum([0, *map(len, texts)])
-    table = TokenTable(np.concatenate(texts).astype(np.uint16), offsets, {})
+    table = TokenTable(np.concatenate(texts).astype(np.uint16), offsets, 15)
     vectors = count_embeddings(table, V, 16)
     torch.manual_seed(5)
     assert torch.equal(vectors, count_embeddings(table, V, 16)) and vectors.shape == (V, 16)
@@ -407,7 +406,7 @@ def test_counting_puts_tokens_that_share_texts_together(tmp_path: Path) -> None:
 def test_counting_in_windows(tmp_path: Path) -> None:
     """By hand; and a start from windows is another than one from texts, and kept in a file of its own."""
     texts = [np.array([5, 6, 7, 8, 9, 10, 11]), np.array([5, 6])]
-    table = TokenTable(np.concatenate(texts).astype(np.uint16), np.array([0, 7, 9]), {"texts_sha256": "0" * 64})
+    table = TokenTable(np.concatenate(texts).astype(np.uint16), np.array([0, 7, 9]), 8)
     expected = torch.zeros(12, 12)
     for text in texts:
         for i, a in enumerate(text):
@@ -423,29 +422,29 @@ def test_counting_in_windows(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("counts-*.pt"))) == 3
 
 
-def test_start_from_counts_is_at_the_unigram_baseline(corpus: Corpus, tmp_path: Path) -> None:
+def test_start_from_counts_is_at_the_unigram_baseline(corpus: DataFolder, tmp_path: Path) -> None:
     V = corpus.tokenizer.vocab_size
     torch.manual_seed(0)
     model = MaskedLM(named_config("bert-1", 64, vocab_size=V, max_length=32, norm="pre", dropout=0.0)).eval()
     held_out = DeviceTable(corpus.held_out, CPU.device)
     before = held_out_loss(model, held_out, V, CPU)["held_out_loss"]
-    start_from_counts(model, corpus.train, 0.1, "cpu", tmp_path)
+    start_from_counts(model, corpus.articles, 0.1, "cpu", tmp_path)
     again = MaskedLM(model.config)
     (kept,) = tmp_path.glob("counts-64-*.pt")
     stamp = kept.stat().st_mtime_ns
-    start_from_counts(again, corpus.train, 0.1, "cpu", tmp_path)
+    start_from_counts(again, corpus.articles, 0.1, "cpu", tmp_path)
     assert kept.stat().st_mtime_ns == stamp, "counted twice"
     assert torch.equal(again.bert.token.weight[FIRST_PIECE:], model.bert.token.weight[FIRST_PIECE:])
     kept.write_bytes(b"rubbish")
     with pytest.raises(InputError, match="delete it"):
-        start_from_counts(again, corpus.train, 0.1, "cpu", tmp_path)
+        start_from_counts(again, corpus.articles, 0.1, "cpu", tmp_path)
     after = held_out_loss(model, held_out, V, CPU)["held_out_loss"]
-    assert before > after + 0.3 and abs(after - unigram_loss(corpus.train, corpus.held_out, V)) < 0.2
+    assert before > after + 0.3 and abs(after - unigram_loss(corpus.articles, corpus.held_out, V)) < 0.2
     with pytest.raises(InputError, match="32768 is the most"):
-        count_embeddings(corpus.train, 40_000, 64)
+        count_embeddings(corpus.articles, 40_000, 64)
 
 
-def test_tables_learn_at_their_own_rates(corpus: Corpus) -> None:
+def test_tables_learn_at_their_own_rates(corpus: DataFolder) -> None:
     model = MaskedLM(named_config("bert-1", 64, vocab_size=200, max_length=32, norm="pre"))
     groups = make_optimizers(model, Optimisation(lr=0.1, token_lr=0.3, position_lr=0.05, optimizer="muon"))[0].param_groups
     rates = {id(p): g["lr"] for g in groups for p in g["params"]}
@@ -470,9 +469,9 @@ def test_stored_in_the_type_of_products(name: str, more: dict) -> None:
         assert all(torch.equal(x, m(ids)) for x, m in zip(before[0], members))
 
 
-def test_show_and_plot(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_show_and_plot(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """--show prints real shapes and the real attention; --plot draws, and without matplotlib says so in one line."""
-    recipe = dataclasses.replace(PRESETS["smoke"], max_length=32, width=128, heads=2)
+    recipe = dataclasses.replace(PRESETS["smoke"], width=128, heads=2)
     folders = [pretrain(model, recipe, corpus, 0, tmp_path, CPU) for model in ("bert-1", "bert-1-conv2")]
     capsys.readouterr()
     show_forward_pass(folders[1], "the [MASK] of france")
