@@ -254,7 +254,8 @@ def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_p
     run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2")
     checkpoint = tmp_path / "runs/pretrain/first"
     assert "x bert-1" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--no-scratch")
-    assert "its tokenizer is not that of" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", material / "data/ελλ", status=2)
+    foreign = write_folder(tmp_path / "data/foreign", material / "wiki.jsonl.gz", [material / "train.csv"], vocab_size=200)
+    assert "its tokenizer is not that of" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", foreign, status=2)
     write_folder(tmp_path / "data/labels", labels=[material / "test.csv"], tokenizer=checkpoint / "tokenizer.model")
     out = run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", tmp_path / "data/labels", "--no-scratch")
     assert "labels bert-1" in out and "may hold test texts" in out
