@@ -301,7 +301,7 @@ def test_waits_grow(server, tmp_path, monkeypatch):
 
 def test_a_script_without_a_network_ends_in_one_line(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(Path(data.__file__).parent)!r}); import data; data.BACKOFF_SECONDS = 0.01; data.run_script(data.main)"
-    found = subprocess.run([sys.executable, "-c", code, "fetch", "--task", "fewrel", "--raw-dir", tmp_path], capture_output=True, text=True,
+    found = subprocess.run([sys.executable, "-c", code, "prepare", tmp_path / "x", "--task", "fewrel", "--raw-dir", tmp_path / "raw"], capture_output=True, text=True,
                            encoding="utf-8", env={**os.environ, "https_proxy": "http://127.0.0.1:9"}, check=False)  # which leads nowhere
     (line,) = found.stderr.splitlines()
     assert found.returncode == 2 and line.startswith("error: ") and "train_wiki.json" in line and "check the network" in line
