@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataFolder, InputError, Task, data_path, open_folder, run_script
+from data import DataFolder, InputError, Task, open_folder, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, check_task,
                       difference, finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy,
                       run_probabilities, twin_seed, unit_values, votes, with_rows)
@@ -472,7 +472,7 @@ def main() -> None:
         raise InputError("--deep-time-budget: there is no deep model; leave --deep none out")
     if args.deep in args.member_model:
         raise InputError(f"--deep {args.deep}: is a member too; name another model")
-    data = open_folder(data_path(args.data)) if args.data else open_data("", args.preset)
+    data = open_data(args.data, args.preset)
     tasks = args.task or list(data.meta["tasks"])
     if not tasks:
         raise InputError(f"{data.path}: holds no task; make a folder with --task or --labels (data.py prepare)")

@@ -28,8 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import DataFolder, DeviceTable, InputError, Rows, Task, data_path, encode_texts, open_folder, padded_length, run_script, to_device
-from data import write_atomically
+from data import DataFolder, DeviceTable, InputError, Rows, Task, encode_texts, padded_length, run_script, to_device, write_atomically
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_run_flags, can_compile,
                       choose_hardware, chosen_recipe, config_of, data_of, load_checkpoint, load_settings, load_weights, maybe_compile,
@@ -484,7 +483,7 @@ def main() -> None:
     recipe = chosen_recipe(PRESETS[args.preset], args.set)
     print(hardware.reason, flush=True)
     if args.data or not args.checkpoint:
-        data = open_folder(data_path(args.data)) if args.data else open_data("", args.preset)
+        data = open_data(args.data, args.preset)
     else:
         data = data_of(args.checkpoint[0])
     names = args.task or list(data.meta["tasks"])
