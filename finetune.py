@@ -8,7 +8,7 @@ what is reported is the accuracy after the last epoch.
     python finetune.py --model bert-1 --data greek                                       from scratch only
     python finetune.py --checkpoint RUN --task agnews --confusion --plot                 what it mixes up; the bars
     python finetune.py --predict "Some text." RUN                                        a finished run at work
-    python finetune.py --predict-file FILE RUN                                           on every line of a file (-: of stdin)
+    python finetune.py --predict - RUN                                                   on every line of the standard input
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import DataFolder, DeviceTable, InputError, Rows, Task, encode_texts, padded_length, run_script, to_device, write_atomically
+from data import (UNKNOWN_TEXT, DataFolder, DeviceTable, InputError, Rows, Task, encode_texts, padded_length, run_script, text_lines,
+                  to_device, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_run_flags, can_compile,
                       choose_hardware, chosen_recipe, config_of, data_of, load_checkpoint, load_settings, load_weights, maybe_compile,
@@ -354,33 +355,26 @@ class Predictor:
 
 
 def add_predict_flags(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("prediction: JSON lines with the class and the probabilities of the five likeliest")
-    group.add_argument("--predict", metavar="TEXT", help="classify this text with RUN")
-    group.add_argument("--predict-file", type=Path, metavar="FILE",
-                       help="classify every line of FILE with RUN; -: of the standard input, each answered as it comes")
+    parser.add_argument("--predict", metavar="TEXT", help="classify this text with RUN, as a JSON line; -: each line of the "
+                        "standard input, answered as it comes")
 
 
-def answer(text: str | None, file: Path | None, predictor: Predictor) -> None:
-    """--predict TEXT and --predict-file FILE: a JSON line for every text."""
-    def show(texts: Sequence[str]) -> None:
-        for text, probabilities in zip(texts, predictor(texts)):
-            best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
-            print(json.dumps({"text": text, "label": next(iter(best)), "probabilities": best}, ensure_ascii=False), flush=True)
-
-    if text is not None:
-        show([text])
-    elif str(file) == "-":
+def answer(text: str, predictor: Predictor) -> None:
+    """--predict TEXT: a JSON line for the text, or for each line of the standard input. "unknown" is the share of unknown tokens."""
+    if text == "-":
         torch.set_num_threads(1)  # for one short text, threads cost more than they give
-        with open(sys.stdin.fileno(), encoding="utf-8-sig", errors="replace", closefd=False) as lines:
-            for line in lines:
-                show([line.rstrip("\n")])
-    else:
-        assert file
-        try:
-            with open(file, encoding="utf-8-sig") as lines:
-                show([line.rstrip("\n") for line in lines])
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file}: cannot be read ({error})") from None
+    warned = False
+    for line in text_lines(sys.stdin.buffer, "standard input") if text == "-" else [text]:
+        line = line.rstrip("\n")
+        (probabilities,) = predictor([line])
+        best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
+        table = encode_texts([line], predictor.tokenizer, predictor.max_length)
+        unknown, cut_off = table.unknown_share, bool(table.cut_off)
+        record = {"text": line, "label": next(iter(best)), "probabilities": best, "unknown": round(unknown, 4), "cut_off": cut_off}
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        if unknown > 0.5 and not warned:
+            print("warning: " + UNKNOWN_TEXT, file=sys.stderr, flush=True)
+            warned = True
 
 
 # ------------------------------------------------------------------------------------------------- command line
@@ -473,10 +467,10 @@ def command_line() -> Parser:
 def main() -> None:
     args = command_line().parse_args()
     hardware = choose_hardware(args.device, args.dtype)
-    if args.predict is not None or args.predict_file:
+    if args.predict is not None:
         if not args.run:
             raise InputError("--predict needs the folder of a finished run, under runs/finetune/")
-        answer(args.predict, args.predict_file, Predictor(args.run, hardware))
+        answer(args.predict, Predictor(args.run, hardware))
         return
     if args.run:
         raise InputError(f"{args.run}: a run is named with --predict; to start from one, write --checkpoint {args.run}")

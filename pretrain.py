@@ -24,6 +24,7 @@ import ctypes
 import dataclasses
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -412,16 +413,15 @@ class Run:
         if rank():
             return
         line = json.dumps(record) + "\n"
-        with full_disk_named(self.folder / "log.jsonl", len(line)), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+        with full_disk_named(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(line)
 
     def save(self, step: int, model: nn.Module, optimizers: list[torch.optim.Optimizer], **more) -> None:
         """A checkpoint, atomically. A finished run's (no optimizers) holds the weights alone."""
         if rank():
             return
-        moments = [t for o in optimizers for values in o.state.values() for t in values.values() if isinstance(t, Tensor)]
-        with write_atomically(self.folder / "last.pt", needed=sum(t.nbytes for t in [*model.state_dict().values(), *moments])) as file:
-            torch.save({"step": step, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], **more}, file)
+        save_tensors(self.folder / "last.pt", {"step": step, "model": model.state_dict(),
+                                               "optimizers": [o.state_dict() for o in optimizers], **more})
 
     def resume(self, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict:
         """Load last.pt, if there is one, and cut the log back to it. Returns the checkpoint ({"step": 0} for none)."""
@@ -457,6 +457,14 @@ def setting_differences(before: dict, now: dict, where: str = "") -> list[str]:
         elif old != new:
             found.append(f"{where}{key} {str(old)[:40]} there, {str(new)[:40]} now")
     return found
+
+
+def save_tensors(path: Path, state: object) -> None:
+    """torch.save, atomically. It goes through memory, since torch.save hides a full disk behind errors of its own."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    with write_atomically(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -845,8 +853,7 @@ def start_from_counts(model: MaskedLM, table: TokenTable, std: float, device: to
     path = folder / f"counts-{C}-{f'window-{window}-' if window else ''}{program}.pt"
     with file_lock(path.with_suffix(".lock"), wait=True):  # of several processes, one counts
         if not path.exists():
-            with write_atomically(path) as file:
-                torch.save(count_embeddings(table, V, C, device, window), file)
+            save_tensors(path, count_embeddings(table, V, C, device, window))
         vectors = std * load_tensors(path)
     model.bert.token.weight[FIRST_PIECE:, : vectors.size(1)] = vectors[FIRST_PIECE:]
     model.norm.weight.fill_(model.config.init_std / std)  # the embeddings are the output layer too: logits as small as ever

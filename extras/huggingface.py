@@ -27,7 +27,7 @@ from torch import Tensor
 from data import write_atomically
 from finetune import load_classifier
 from model import BertConfig, Classifier, MaskedLM
-from pretrain import Run, load_masked_lm, load_settings, read_json, tokenizer_of, weights_hash, write_json
+from pretrain import Run, load_masked_lm, load_settings, read_json, save_tensors, tokenizer_of, weights_hash, write_json
 from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, run_script
 
 # -------------------------------------------------------------------------------------------- names of the tensors
@@ -308,8 +308,7 @@ def import_checkpoint(folder: Path, name: str, tokenizer_file: Path | None, runs
     run_folder = runs_dir / "pretrain" / name
     with Run(run_folder, settings, tokenizer):
         if not (run_folder / "last.pt").exists():
-            with write_atomically(run_folder / "last.pt") as file:
-                torch.save({"step": 0, "model": weights, "optimizers": []}, file)
+            save_tensors(run_folder / "last.pt", {"step": 0, "model": weights, "optimizers": []})
     return run_folder
 
 
