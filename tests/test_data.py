@@ -17,7 +17,7 @@ from data import (DeviceTable, InputError, Request, Task, article_files, batch_o
                   open_folder, overlap_scores, prepare, pretraining_articles, read_article_file, read_task, read_task_files, read_tasks, sample_task,
                   scramble, select, shared_runs, text_key)
 from material import articles, corpus_of, small_tokenizer, write_articles, write_folder, write_raw_folder, write_task_file, write_vital
-from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, Tokenizer, train_tokenizer, training_lines
+from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, Tokenizer, train_tokenizer, training_texts
 
 
 def read_articles(patterns: list[str]) -> list[data.Article]:
@@ -61,11 +61,12 @@ def test_tokenizer_training_is_repeatable_and_names_its_limits() -> None:
         Tokenizer(b"rubbish" * 100)
 
 
-def test_long_lines_are_cut_not_dropped() -> None:
-    text = "wort " * 3_000 + "\n" + "ж" * 9_000
-    lines = list(training_lines([text]))
-    assert max(len(line.encode()) for line in lines) <= 4_192
-    assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+def test_training_texts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SentencePiece drops longer texts without a word, and takes 30 bytes of memory a character."""
+    lines = list(training_texts(["wort\n" * 9_000, "ж" * 50_000, "a"]))
+    assert max(len(line.encode()) for line in lines) < 1 << 16 and lines[0].startswith("wort wort ") and lines[2] == "a"
+    monkeypatch.setattr("tokenizer.MOST_CHARACTERS", 20_000)
+    assert len(list(training_texts(["x" * 9_000] * 10))) == 3
 
 
 # ------------------------------------------------------------------------------------------------------- articles
@@ -96,7 +97,7 @@ def test_subsets_are_nested_and_share_their_held_out_articles(tmp_path: Path) ->
     large, held_large, _ = pretraining_articles(Request(articles=pattern, count=150), [], set())
     assert large[:50] == small and held_small == held_large and len(held_small) == 10
     assert not {a.text for a in large} & {a.text for a in held_large}
-    with pytest.raises(InputError, match="--count 500"):
+    with pytest.raises(InputError, match="where 500 are asked for.*--count"):
         pretraining_articles(Request(articles=pattern, count=500), [], set())
 
 
@@ -112,7 +113,7 @@ def test_wiki_subsets_are_nested_too(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_leaks_are_left_out_of_the_articles(tmp_path: Path) -> None:
     """Dev and test texts of every task; of `topics` also by title and by the first 90 letters. Only equal texts are copies."""
     write_vital(tmp_path)
-    request = Request(tasks=("topics",), train_per_class=5, test_per_class=8, preset="smoke", raw_dir=tmp_path)
+    request = Request(task=("topics",), train_per_class=5, test_per_class=8, preset="smoke", raw_dir=tmp_path)
     (task,), titles = read_tasks(request, "x")
     assert len(task.test) == 24 and len(task.dev) == 15 and len(titles) == 39
     held = {text_key(text) for text, _ in task.dev + task.test}
@@ -207,9 +208,9 @@ def test_small_classes_are_named(tmp_path: Path, changes: dict, message: str) ->
 
 
 @pytest.mark.parametrize("rows, test_rows, message", [
-    ([("a", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 different"),
-    ([("a", 0), ("f", 0), ("b", 1), ("g", 1)], [("d", 1)], "has 2 rows and 0 test rows"),
-    ([("a", 0), ("a", 0), ("a ", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 different")])
+    ([("a", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 distinct text,"),
+    ([("a", 0), ("f", 0), ("b", 1), ("g", 1)], [("d", 1)], "has 2 rows; 0 of 1 test rows"),
+    ([("a", 0), ("a", 0), ("a ", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 distinct text,")])
 def test_a_class_name_as_long_as_a_text_is_cut_where_it_is_named(rows: list, test_rows: list | None, message: str) -> None:
     with pytest.raises(InputError, match=f"class 'x{{60}}' {message}"):
         sample_task("own", ["x" * 5000, "y"], rows, test_rows, train_per_class=0, dev_per_class=0, test_per_class=0)
@@ -220,7 +221,7 @@ def test_own_task_files(tmp_path: Path) -> None:
     classes, rows, test_rows = read_task_files([train, test])
     assert classes == ["brazil", "france", "japan"] and len(rows) == 60 and len(test_rows) == 18
     (tmp_path / "odd.csv").write_text('\ufefftext,label\r\n"a, b\r\nc",x\r\nd,y\r\n', encoding="utf-8", newline="")
-    assert read_task_files([tmp_path / "odd.csv"])[:2] == (["x", "y"], [("a, b\r\nc", 0), ("d", 1)])
+    assert read_task_files([tmp_path / "odd.csv"])[:2] == (["x", "y"], [("a, b\nc", 0), ("d", 1)])
     for content, message in (("a,b\n1,2\n", "line 1"), ("label,text\nx\n", "line 2"), ("label,text\nx,y\n", "at least two")):
         (tmp_path / "bad.csv").write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=message):
@@ -282,7 +283,7 @@ def test_batches(like_length: bool) -> None:
 def test_a_folder_holds_what_it_was_made_from(tmp_path: Path) -> None:
     raw = write_raw_folder(tmp_path / "raw")
     source = write_articles(tmp_path / "a.jsonl.gz", 200)
-    place = write_folder(tmp_path / "data/x", source, [write_task_file(tmp_path / "own.csv")], tasks=("fewrel",), raw_dir=raw)
+    place = write_folder(tmp_path / "data/x", source, [write_task_file(tmp_path / "own.csv")], task=("fewrel",), raw_dir=raw)
     folder = open_folder(place)
     assert len(folder.articles) == 190 and len(folder.held_out) == 10 and folder.meta["wikis"] == ["a", "b"] and len(folder.wikis) == 190
     assert {p.name for p in place.iterdir()} == {"tokenizer.model", "tokenizer.vocab", "articles.bin", "articles.npy", "articles.wiki.npy",
@@ -321,7 +322,7 @@ def test_the_same_command_twice_and_another(tmp_path: Path, capsys: pytest.Captu
     assert prepare(tmp_path / "data/x", request, fresh=True).id != first.id
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear", encoding="utf-8")
-    with pytest.raises(InputError, match="no data folder; choose another name"):
+    with pytest.raises(InputError, match="no data folder. Choose another name"):
         prepare(tmp_path / "mine", request, fresh=True)
     assert (tmp_path / "mine/letter.txt").exists()
 

@@ -304,7 +304,7 @@ def test_a_script_without_a_network_ends_in_one_line(tmp_path):
     found = subprocess.run([sys.executable, "-c", code, "prepare", tmp_path / "x", "--task", "fewrel", "--raw-dir", tmp_path / "raw"], capture_output=True, text=True,
                            encoding="utf-8", env={**os.environ, "https_proxy": "http://127.0.0.1:9"}, check=False)  # which leads nowhere
     (line,) = found.stderr.splitlines()
-    assert found.returncode == 2 and line.startswith("error: ") and "train_wiki.json" in line and "check the network" in line
+    assert found.returncode == 2 and line.startswith("error: ") and "train_wiki.json" in line and "Check the network" in line
 
 
 def test_no_network_says_what_can_be_done(server, tmp_path):

@@ -69,7 +69,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "table/articles.npy": lambda path: load_table(path.parent, "articles", read_metadata(path.parent)),
     "table/articles.bin": lambda path: open_folder(path.parent),
     "record.json": lambda path: read_json(path, "kind"),
-    "streams.jsonl": lambda path: data._cached_streams(path),
+    "streams.jsonl": lambda path: data.cached_streams(path),
 }
 SPLICES = [b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b'"', b",", b"{", b"[", b"]", b"}", b"null", b"1e999", b'"\\ud800"', b"9" * 5000, b"NaN",
            "\u202e\u05d0\u05d1".encode(), b"<page>", b"</page>", b"{{", b"[[" * 50, b"\n\n"]

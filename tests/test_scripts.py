@@ -42,7 +42,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_task_file(folder / "train.csv", 20)
     write_task_file(folder / "test.csv", 10, seed=1)
     write_folder(folder / "data/own", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
-    write_folder(folder / "data/tasks", folder / "wiki.jsonl.gz", tasks=("fewrel", "dbpedia"), raw_dir=folder / "raw", test_per_class=4)
+    write_folder(folder / "data/tasks", folder / "wiki.jsonl.gz", task=("fewrel", "dbpedia"), raw_dir=folder / "raw", test_per_class=4)
     return folder
 
 
@@ -133,7 +133,7 @@ def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
         assert f"not both are in '{text}'" in run("finetune.py", "--predict", text, folder, status=2)
     more = ["--task", "fewrel", "--deep", "none", "--members", "2", "--finetune-set", "pooling=entities"]
     assert "task fewrel: pooling entities" in run("committee.py", *sources(material, "tasks"), *more, status=2)
-    write_folder(material / "data/marked", material / "wiki.jsonl.gz", tasks=("fewrel",), raw_dir=material / "raw", entity_markers=True)
+    write_folder(material / "data/marked", material / "wiki.jsonl.gz", task=("fewrel",), raw_dir=material / "raw", entity_markers=True)
     assert "committee of 2 bert-1" in run("committee.py", *sources(material, "marked"), *more)
 
 
