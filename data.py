@@ -365,7 +365,7 @@ TEMPLATE_TEXT = {  # templates that stand for a sign
     "mdash": "—", "—": "—", "nbsp": " ", "thinsp": " ", "'": "'", "'s": "'s", "!": "|", "=": "="}
 # Templates of which the reader sees one value: the first, or the last.
 TEMPLATE_FIRST = set(
-    "nowrap nobr small smaller big abbr nihongo val linktext em strong sup sub math mvar smallcaps "
+    "nowrap nobr small smaller big large abbr nihongo val linktext em strong sup sub math mvar smallcaps "
     "sic ill flag flagcountry tooltip".split())
 TEMPLATE_LAST = set("lang langx transl transliteration script".split())
 TEMPLATE_PREFIX = {"circa": "c. ", "c.": "c. ", "fl.": "fl. ", "us$": "US$", "usd": "US$",
@@ -1334,12 +1334,6 @@ class TokenTable:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
-    @property
-    def unknown_share(self) -> float:
-        """The share of [UNK] among the tokens, other special tokens aside."""
-        tokens = self.tokens[(self.tokens >= FIRST_PIECE) | (self.tokens == UNK)]
-        return float((tokens == UNK).mean()) if len(tokens) else 0.0
-
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -1378,9 +1372,17 @@ def decode_texts(table: TokenTable, tokenizer: Tokenizer) -> list[str]:
     return ["".join(text.split()) for text in texts]
 
 
-def encoding_shares(table: TokenTable, what: str) -> dict[str, float]:
+def unknown_share(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
+    """The share of [UNK] among the tokens; special tokens and the lone blank do not count."""
+    blank = tokenizer.pieces.piece_to_id("▁")
+    words = tokens[(tokens >= FIRST_PIECE) & (tokens != blank) | (tokens == UNK)]
+    return float((words == UNK).mean()) if len(words) else 0.0
+
+
+def encoding_shares(table: TokenTable, tokenizer: Tokenizer, what: str) -> dict[str, float]:
     """Print and return the shares of unknown tokens, and of texts that were cut off."""
-    unknown, cut_off = table.unknown_share, table.cut_off / max(1, len(table))
+    unknown = unknown_share(table.tokens, tokenizer)
+    cut_off = table.cut_off / max(1, len(table))
     print(f"{what}: {100 * unknown:.1f} % of the tokens are unknown, {100 * cut_off:.1f} % of the "
           f"texts are cut off at {table.max_length} tokens", flush=True)
     if unknown > 0.5:
@@ -1745,18 +1747,18 @@ def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFold
                  "tokenizer": tokenizer.hash, "wikis": names, "articles": len(articles),
                  "left_out": left_out, "tasks": {task.name: task.describe() for task in tasks}}
         if tables:
-            meta["articles_encoded"] = encoding_shares(tables["articles"], "articles")
+            meta["articles_encoded"] = encoding_shares(tables["articles"], tokenizer, "articles")
+        decoded = decode_texts(tables["articles"], tokenizer) if tables and tasks else []
         for task in tasks:
-            meta["tasks"][task.name] |= report_task(task, tables.get("articles"), tokenizer,
-                                                    request.max_length)
+            report = report_task(task, decoded, tokenizer, request.max_length)
+            meta["tasks"][task.name] |= report
         write_folder(folder, meta, tokenizer, tables, wikis, tasks)
 
     return make_folder(path, request.settings(), request.sources(), fresh, write)
 
 
-def report_task(task: Task, articles: TokenTable | None, tokenizer: Tokenizer,
-                max_length: int) -> dict:
-    """Print a task's counts, and what its test rows share with the articles."""
+def report_task(task: Task, articles: Sequence[str], tokenizer: Tokenizer, max_length: int) -> dict:
+    """Print a task's counts, and what its test rows share with the articles (decode_texts)."""
     counts = []
     for part, rows in (("training", task.train), ("dev", task.dev), ("test", task.test)):
         a_class = Counter(label for _, label in rows).values()
@@ -1766,11 +1768,12 @@ def report_task(task: Task, articles: TokenTable | None, tokenizer: Tokenizer,
     print(f"task {task.name}: {len(task.classes)} classes; rows: {', '.join(counts)}"
           + (f"; {task.note}" if task.note else ""), flush=True)
     texts = [text for text, _ in task.train + task.dev + task.test]
-    shares = encoding_shares(encode_texts(texts, tokenizer, max_length), f"task {task.name}")
+    table = encode_texts(texts, tokenizer, max_length)
+    shares = encoding_shares(table, tokenizer, f"task {task.name}")
     shared = 0.0
-    if articles is not None:
+    if articles:
         test = whole_texts([text for text, _ in task.test], tokenizer)
-        shared = float(shared_runs(decode_texts(articles, tokenizer), test)[0].mean())
+        shared = float(shared_runs(articles, test)[0].mean())
         print(f"task {task.name}: {100 * shared:.1f} % of the test rows share {RUN} characters "
               "with an article", flush=True)
     return {"encoded": shares, "test_rows_sharing_runs": shared}

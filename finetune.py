@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import (UNKNOWN_TEXT, DataFolder, DeviceTable, InputError, Rows, Task, encode_texts, padded_length, run_script, text_lines,
-                  to_device, write_atomically)
+                  to_device, unknown_share, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_run_flags, can_compile,
                       choose_hardware, chosen_recipe, config_of, data_of, load_checkpoint, load_settings, load_weights, maybe_compile,
@@ -369,7 +369,7 @@ def answer(text: str, predictor: Predictor) -> None:
         (probabilities,) = predictor([line])
         best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
         table = encode_texts([line], predictor.tokenizer, predictor.max_length)
-        unknown, cut_off = table.unknown_share, bool(table.cut_off)
+        unknown, cut_off = unknown_share(table.tokens, predictor.tokenizer), bool(table.cut_off)
         record = {"text": line, "label": next(iter(best)), "probabilities": best, "unknown": round(unknown, 4), "cut_off": cut_off}
         print(json.dumps(record, ensure_ascii=False), flush=True)
         if unknown > 0.5 and not warned:
