@@ -627,11 +627,13 @@ def _unpacked(stream: bytes) -> Iterator[bytes]:
             raise EOFError("it ends early")
 
 
-def _fetch_stream(url: str, start: int, end: int, session: requests.Session) -> list[bytes]:
+def _fetch_stream(url: str, start: int, end: int, session: requests.Session,
+                  parse: Callable[[Iterator[bytes]], Result]) -> Result:
+    """parse() of the unpacked bz2 stream at the bytes [start, end) of a dump."""
     for _ in range(2):
         stream = fetch_bytes(url, start, end, session=session)
         try:
-            return list(_unpacked(stream))
+            return parse(_unpacked(stream))
         except (OSError, EOFError) as error:  # bz2 carries its own checksums
             problem = error
     raise InputError(f"bytes {start} to {end} of {url} came damaged twice ({problem}). Try later")
@@ -642,10 +644,12 @@ def _fetch_streams(url: str, ranges: list[tuple[int, int]],
     """(offset, articles) of the bz2 streams at the byte `ranges` of a dump, in that order."""
     own = threading.local()
 
+    def articles_of(chunks: Iterator[bytes]) -> list[Article]:
+        found = (article_of(title, text, names) for title, text in iterate_pages(chunks, names))
+        return [article for article in found if article]
+
     def fetch(start_end: tuple[int, int]) -> tuple[int, list[Article]]:
-        pages = iterate_pages(_fetch_stream(url, *start_end, own.session), names)
-        found = (article_of(title, wikitext, names) for title, wikitext in pages)
-        return start_end[0], [article for article in found if article]
+        return start_end[0], _fetch_stream(url, *start_end, own.session, articles_of)
 
     def connect() -> None:
         own.session = requests.Session()
@@ -740,7 +744,7 @@ def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) 
     random.Random(seed).shuffle(ranges)
     ranges = [pair for pair in ranges if pair[0] not in streams]
     with requests.Session() as session:  # before the first stream of pages stands <siteinfo>
-        names = namespaces(b"".join(_fetch_stream(url, 0, offsets[0], session)))
+        names = _fetch_stream(url, 0, offsets[0], session, lambda chunks: namespaces(next(chunks)))
     with (full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
           closing(_fetch_streams(url, ranges, names)) as fetched,
           tqdm(desc=wiki, total=count, initial=len(articles), unit=" articles", disable=None) as bar):
@@ -1654,7 +1658,8 @@ def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[st
     """Write the files of a data folder, dataset.json last. Completes meta."""
     save_tokenizer(tokenizer, folder / "tokenizer.model")
     for name, table in tables.items():
-        (folder / f"{name}.bin").write_bytes(table.tokens.astype("<u2").tobytes())
+        with open(folder / f"{name}.bin", "wb") as file:
+            file.write(table.tokens.astype("<u2").tobytes())
         np.save(folder / f"{name}.npy", table.offsets.astype("<i8"))
     if tables:
         np.save(folder / "articles.wiki.npy", wikis)

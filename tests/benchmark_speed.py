@@ -453,13 +453,13 @@ def start_to_first_step(args: argparse.Namespace, folder: Path, prepared: bool) 
 
 
 def lines_a_second(bench: Bench, lines: int) -> float:
-    """Short texts a second through `finetune.py --predict-file -`, each line sent when the one before is answered."""
+    """Short texts a second through `finetune.py --predict -`, each line sent when the one before is answered."""
     config = named_config("bert-1", 256, vocab_size=bench.corpus.tokenizer.vocab_size, max_length=LENGTH)
     with contextlib.redirect_stdout(sys.stderr):
         run = finetune(None, config, bench.corpus.tokenizer, bench.tables(64), replace(FINETUNE_PRESETS["quick"], steps=1), 0,
                        bench.throw_away(), bench.hardware, label="bert-1")
     texts = [" ".join(text.split())[:60].encode() + b"\n" for text, _ in bench.task.test[: lines + 20]]
-    command = [sys.executable, str(ROOT / "finetune.py"), "--predict-file", "-", str(run), "--device", bench.hardware.device.type]
+    command = [sys.executable, str(ROOT / "finetune.py"), "--predict", "-", str(run), "--device", bench.hardware.device.type]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin and process.stdout
         start = 0.0

@@ -91,7 +91,7 @@ def test_full_disk_in_a_checkpoint(corpus: DataFolder, tmp_path: Path, monkeypat
     save_after_every_step(monkeypatch)
     disk = SmallDisk(3e6)  # a checkpoint has about 0.9 MB
     monkeypatch.setattr(data, "open", disk, raising=False)
-    with pytest.raises(InputError, match=r"no space left on the disk while writing .*last\.pt, which needs 0\.\d MB \(.*\): free some"):
+    with pytest.raises(InputError, match=r"no space left on the disk while writing .*last\.pt \(.*\)\. Free some"):
         pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "full", CPU)
     folder = tmp_path / "full" / "pretrain" / straight.name
     assert 1 <= load_checkpoint(folder)["step"] < 8 and not list(folder.glob("*.tmp"))
@@ -106,7 +106,7 @@ def test_full_disk_in_a_line_of_the_log(corpus: DataFolder, tmp_path: Path, monk
     save_after_every_step(monkeypatch)
     disk = SmallDisk(500)
     monkeypatch.setattr(pretraining, "open", disk, raising=False)
-    with pytest.raises(InputError, match=r"no space left on the disk while writing .*log\.jsonl, which needs"):
+    with pytest.raises(InputError, match=r"no space left on the disk while writing .*log\.jsonl"):
         pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
     log, step = tmp_path / "pretrain/run/log.jsonl", load_checkpoint(tmp_path / "pretrain/run")["step"]
     assert not log.read_text(encoding="utf-8").endswith("\n") and step >= 1
@@ -114,21 +114,6 @@ def test_full_disk_in_a_line_of_the_log(corpus: DataFolder, tmp_path: Path, monk
     pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
     steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines() if "loss" in json.loads(line)]
     assert steps == [*range(1, 9)]
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit(143)])
-def test_an_interruption_inside_torch_save_stays_one(tmp_path: Path, stop: type[BaseException] | BaseException) -> None:
-    """PyTorch's writer turns it into a RuntimeError of its own."""
-    class Interrupted(io.BytesIO):
-        def write(self, content: Any) -> int:
-            if self.tell() > 1_000:
-                super().write(content[: len(content) // 2])
-                raise stop
-            return super().write(content)
-
-    with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else SystemExit), write_atomically(tmp_path / "last.pt"):
-        torch.save({"a": torch.zeros(1000)}, Interrupted())
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_signal_while_the_last_checkpoint_is_written(tmp_path: Path, corpus: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +197,7 @@ def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: DataFolder, t
     write_articles(tmp_path / "a.jsonl.gz", 150)
     folder = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
     np.save(folder / "articles.npy", np.array([Payload(mark), 1], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="is not what data.py wrote"):
+    with pytest.raises(InputError, match="was changed"):
         open_folder(folder)
     with pytest.raises(InputError, match="articles.npy: damaged"):
         load_table(folder, "articles", read_metadata(folder))
@@ -386,7 +371,7 @@ def test_full_disk_while_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.Mo
         with monkeypatch.context() as patch:
             patch.setattr(data, "open", SmallDisk(room), raising=False)
             for name, fresh in (("y", False), ("x", True)):
-                request = data.Request(articles=(str(tmp_path / "a.jsonl.gz"),), preset="smoke", count=140)
+                request = data.Request(articles=[str(tmp_path / "a.jsonl.gz")], preset="smoke", count=140)
                 with pytest.raises(InputError, match="no space left"):
                     data.prepare(tmp_path / "data" / name, request, fresh)
     assert {p.name: p.read_bytes() for p in place.iterdir()} == before
@@ -421,7 +406,7 @@ def test_a_damaged_data_folder_is_named(tmp_path: Path, damage: str) -> None:
     for path in sorted(place.iterdir()):
         valid = path.read_bytes()
         path.write_bytes(DAMAGES[damage](path))
-        with pytest.raises(InputError, match="make the folder again") as error:
+        with pytest.raises(InputError, match="Make the folder again") as error:
             open_folder(place)
         assert path.name in str(error.value)
         path.unlink()

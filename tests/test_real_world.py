@@ -235,7 +235,7 @@ def test_only_whole_texts_are_copies(tmp_path: Path) -> None:
 def test_shared_runs_need_no_blanks_between_words() -> None:
     row = "日本の首都は東京であり世界でも有数の大都市として知られている。人口はおよそ千四百万人で毎年多くの観光客が訪れる場所である。"
     texts = ["前置き。" + row + "後書き。", "これはまったく別の文章である。" * 6]
-    tokenizer = Tokenizer(train_tokenizer(texts + [row], 60))
+    tokenizer = Tokenizer(train_tokenizer(texts + [row], 65))
     assert [hit.tolist() for hit in shared_runs(whole_texts(texts, tokenizer), whole_texts([row], tokenizer))] == [[True], [True, False]]
 
 

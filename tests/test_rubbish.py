@@ -162,8 +162,8 @@ def test_any_bytes_many_times(raw: Path) -> None:
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"", "at least 20"), ("own.csv", b"", "line 1"), ("own.csv", b"label,text\r\na,x\r\nb\r\n", "line 3"),
-    ("own.csv", b"label,text\na," + b"x" * 10_000_000 + b"\nb,y\n", "line 2"), ("a.jsonl", b'{"text": "a"}\n{"text": \xff}\n', "line 2"),
-    ("fewrel/train_wiki.json", b"[" * 100_000, "not FewRel's layout"), ("ag_news_csv/train.csv", b'"9999999999999999999999","a","b"\n', "row 1")])
+    ("own.csv", b"label,text\na," + b"x" * 10_000_000 + b"\nb,y\n", "1 distinct text"), ("a.jsonl", b'{"text": "a"}\n{"text": \xff}\n', "line 2"),
+    ("fewrel/train_wiki.json", b"[" * 100_000, "not FewRel's layout"), ("ag_news_csv/train.csv", b'"9999999999999999999999","a","b"\n', "line 1")])
 def test_bad_files_are_named_with_the_line(raw: Path, name: str, content: bytes, message: str) -> None:
     valid = (raw / name).read_bytes()
     (raw / name).write_bytes(content)
@@ -177,15 +177,15 @@ def test_bad_files_are_named_with_the_line(raw: Path, name: str, content: bytes,
 
 
 def test_strange_but_valid_files_are_read(tmp_path: Path) -> None:
-    """A BOM, Windows line ends, NUL, right-to-left text, class names with commas and newlines, empty texts, a line of 10 MB."""
+    """A BOM, Windows line ends, right-to-left text, class names with commas and newlines, empty texts, a line of 10 MB."""
     path = tmp_path / "own.csv"
     with open(path, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file, lineterminator="\r\n")
         writer.writerow(["label", "text"])
         for name in ("a, b", "two\nlines", "שלום"):
-            writer.writerows([[name, ""], [name, "\u202eמילה"], [name, f"x\0y {name}"], [name, "plain " + name]])
+            writer.writerows([[name, ""], [name, "\u202eמילה"], [name, f"x y {name}"], [name, "plain " + name]])
     task = read_own(path)
-    assert task.classes == ["a, b", "two\nlines", "שלום"] and len(task.train) + len(task.dev) + len(task.test) == 12
+    assert task.classes == ["a, b", "two\nlines", "שלום"] and len(task.train) + len(task.dev) + len(task.test) == 9
     (tmp_path / "long.txt").write_text("word " * 2_000_000 + "\r\n\r\nsecond\r\n", encoding="utf-8", newline="")
     assert [len(a.text) for a in read_article_file(tmp_path / "long.txt")] == [9_999_999, 6]
     surrogate = tmp_path / "s.jsonl"
@@ -262,7 +262,7 @@ def test_bombs_are_refused_in_bounded_memory(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(data, "LONGEST_LINE", 1 << 20)
     for name, read in bombs(tmp_path, 20_000_000).items():
         tracemalloc.start()
-        with pytest.raises(InputError, match="which no text does|is this a text file"):
+        with pytest.raises(InputError, match="which no text does|Is this a text file"):
             read()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

@@ -85,12 +85,14 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     run_folder = next((material / "runs/finetune").glob("own-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
     assert answer["label"] in ("brazil", "france", "japan") and sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
-    (material / "lines.txt").write_text("one\n\nthree\x0cé\n", encoding="utf-8")
-    answers = [json.loads(line) for line in run("finetune.py", "--predict-file", material / "lines.txt", run_folder).splitlines()]
-    assert [a["text"] for a in answers] == ["one", "", "three\x0cé"]
-    shown = subprocess.run([sys.executable, str(ROOT / "finetune.py"), "--predict-file", "-", str(run_folder)], check=True,
-                           input="one\n\nthree\x0cé\n".encode(), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert [json.loads(line) for line in shown.stdout.decode("utf-8").splitlines()] == answers  # whatever the terminal's encoding
+    predict = [sys.executable, str(ROOT / "finetune.py"), "--predict", "-", str(run_folder)]
+    shown = subprocess.run(predict, check=True, input="one\r\n\nthree\x0cé\rשלום עולם".encode(), capture_output=True,
+                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    answers = [json.loads(line) for line in shown.stdout.decode("utf-8").splitlines()]  # whatever the terminal's encoding
+    assert [a["text"] for a in answers] == ["one", "", "three\x0cé", "שלום עולם"]
+    assert [a["unknown"] > 0.5 for a in answers] == [False, False, False, True] and b"warning: the tokenizer does not know" in shown.stderr
+    shown = subprocess.run(predict, input="one\nk\xe4se\n".encode("latin-1"), capture_output=True, check=False)
+    assert shown.returncode == 2 and b"error: standard input, line 2: byte 0xe4 is not UTF-8 text" in shown.stderr
 
 
 def test_a_checkpoint_is_known_by_its_weights(material: Path) -> None:
