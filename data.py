@@ -271,23 +271,22 @@ def fetch_bytes(url: str, start: int | None = None, end: int | None = None,
     return _with_retries(url, by_hand, attempt)
 
 
-def _fetch_part(url: str, part: Path, whole: Path, size: int | None, resume: bool) -> Path:
-    """One attempt to complete `part`. If the server starts anew, the bytes go to `whole`."""
+def _fetch_part(url: str, part: Path, size: int | None, resume: bool) -> None:
+    """One attempt to complete `part`."""
     have = part.stat().st_size if resume and part.exists() else 0
     with requests.Session() as session, _open_url(session, url, have or None) as response:
         if response.status_code == 416:
             if response.headers.get("Content-Range") == f"bytes */{have}":
-                return part  # complete: an earlier run ended just before the renaming
+                return  # complete: an earlier run ended just before the renaming
             part.unlink(missing_ok=True)
             raise _TryAgain(f"the file has no bytes from {have} on")
-        target = whole if have and response.status_code == 200 else part
         have = have if response.status_code == 206 else 0
         length = _announced_length(response)
         total = None if length is None else have + length
         if None not in (size, total) and size != total:
             raise InputError(f"{url} announces {total} bytes instead of {size}, perhaps an error "
-                             f"page. Try later, or put the right file in its place by hand")
-        with (open(target, "ab" if have else "wb") as file,
+                             "page. Try later, or put the right file in its place by hand")
+        with (open(part, "ab" if have else "wb") as file,
               tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True,
                    disable=None) as bar):
             for piece in _body(response, MOST_FILE_BYTES if size is None else size - have):
@@ -295,7 +294,6 @@ def _fetch_part(url: str, part: Path, whole: Path, size: int | None, resume: boo
                 bar.update(len(piece))
             file.flush()
             os.fsync(file.fileno())
-        return target
 
 
 def download(url: str, path: Path | str, size: int | None = None, sha256: str | None = None,
@@ -306,7 +304,7 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
     (bytes) and hash are right. Of several processes that want one file, one fetches it.
     """
     path = Path(path)
-    part, whole = path.with_name(path.name + ".part"), path.with_name(path.name + ".whole.part")
+    part = path.with_name(path.name + ".part")
     algorithm, expected = ("sha256", sha256) if sha256 else ("sha1", sha1)
     if path.exists():  # before the lock, since the folder may be read-only
         return path
@@ -314,24 +312,20 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
         if path.exists():  # another process has fetched it
             return path
         # Without a hash, nothing would reveal a file that is half of an old version.
-        resume = expected is not None and part.exists()
-        while True:
-            fetched = _with_retries(
-                url, path, lambda: _fetch_part(url, part, whole, size, expected is not None))
-            got = (fetched.stat().st_size if size is not None else None,
-                   file_hash(fetched, algorithm) if expected else None)
+        resume = expected is not None
+        for continued in (resume and part.exists(), False):
+            _with_retries(url, path, lambda: _fetch_part(url, part, size, resume))
+            got = (part.stat().st_size if size is not None else None,
+                   file_hash(part, algorithm) if expected else None)
             if got == (size, expected):
+                os.replace(part, path)
+                return path
+            part.unlink()
+            if not continued:  # else the old part may be of another version: once more
                 break
-            fetched.unlink()
-            if not (resume and fetched == part):
-                raise InputError(f"{url} gave a wrong file (size, {algorithm}: {got} instead of "
-                                 f"{(size, expected)}), now deleted. Try again, or put the right "
-                                 f"file at {path} by hand")
-            resume = False  # the old part may be of another version: once more, from the start
-        os.replace(fetched, path)
-        for left in (part, whole):
-            left.unlink(missing_ok=True)
-    return path
+    raise InputError(f"{url} gave a wrong file (size, {algorithm}: {got} instead of "
+                     f"{(size, expected)}), now deleted. Try again, or put the right file at {path} "
+                     "by hand")
 
 
 # ---- wikitext ------------------------------------------------------------------------------------
@@ -627,29 +621,26 @@ def _unpacked(stream: bytes) -> Iterator[bytes]:
             raise EOFError("it ends early")
 
 
-def _fetch_stream(url: str, start: int, end: int, session: requests.Session,
-                  parse: Callable[[Iterator[bytes]], Result]) -> Result:
-    """parse() of the unpacked bz2 stream at the bytes [start, end) of a dump."""
-    for _ in range(2):
-        stream = fetch_bytes(url, start, end, session=session)
-        try:
-            return parse(_unpacked(stream))
-        except (OSError, EOFError) as error:  # bz2 carries its own checksums
-            problem = error
-    raise InputError(f"bytes {start} to {end} of {url} came damaged twice ({problem}). Try later")
-
-
-def _fetch_streams(url: str, ranges: list[tuple[int, int]],
-                   names: dict[str, int]) -> Generator[tuple[int, list[Article]], None, None]:
-    """(offset, articles) of the bz2 streams at the byte `ranges` of a dump, in that order."""
+def _fetch_streams(url: str, ranges: Sequence[tuple[int, int]], folder: Path,
+                   names: dict[str, int]) -> Generator[list[Article], None, None]:
+    """The articles of the bz2 streams at the byte `ranges` of a dump, each kept as a file."""
     own = threading.local()
 
-    def articles_of(chunks: Iterator[bytes]) -> list[Article]:
-        found = (article_of(title, text, names) for title, text in iterate_pages(chunks, names))
-        return [article for article in found if article]
-
-    def fetch(start_end: tuple[int, int]) -> tuple[int, list[Article]]:
-        return start_end[0], _fetch_stream(url, *start_end, own.session, articles_of)
+    def fetch(start_end: tuple[int, int]) -> list[Article]:
+        path = folder / f"{start_end[0]}.bz2"
+        for _ in range(2):
+            if not path.exists():
+                stream = fetch_bytes(url, *start_end, session=own.session)
+                with write_atomically(path) as file:
+                    file.write(stream)
+            try:
+                pages = iterate_pages(_unpacked(path.read_bytes()), names)
+                found = [article_of(title, wikitext, names) for title, wikitext in pages]
+                return [article for article in found if article]
+            except (OSError, EOFError) as error:  # bz2 carries its own checksums
+                path.unlink()
+                problem = error
+        raise InputError(f"bytes {start_end} of {url} came damaged twice ({problem}). Try later")
 
     def connect() -> None:
         own.session = requests.Session()
@@ -658,28 +649,6 @@ def _fetch_streams(url: str, ranges: list[tuple[int, int]],
     with ThreadPoolExecutor(2, initializer=connect) as pool:
         for i in range(0, len(ranges), 4):  # few at a time, since the reader may soon have enough
             yield from pool.map(fetch, ranges[i : i + 4])
-
-
-def cached_streams(cache: Path) -> dict[int, list[Article]]:
-    """{offset: articles} of the streams that earlier runs fetched. Removes a last half line."""
-    streams: dict[int, list[Article]] = {}
-    if not cache.exists():
-        return streams
-    with open(cache, "r+b") as file:
-        complete = 0
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                break
-            complete += len(line)
-            try:
-                entry = json.loads(line)
-                streams[int(entry["offset"])] = [
-                    Article(str(a["title"]), str(a["text"])) for a in entry["articles"]]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise InputError(f"{cache}, line {number}: damaged. Delete this file; it is "
-                                 "fetched again") from None
-        file.truncate(complete)
-    return streams
 
 
 def local_dump(wiki: str, raw_dir: Path) -> Path | None:
@@ -732,27 +701,21 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path, seed: int = SPLIT_S
 def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) -> list[Article]:
     """At least `count` articles of the dump, if it has so many: streams in a random order."""
     url = dump["dump"]["url"]
-    cache = folder / f"{wiki}-{dump['date']}-seed{seed}.jsonl"
-    streams = cached_streams(cache)
-    articles = [article for found in streams.values() for article in found]
-    if len(articles) >= count:
-        return articles
     index = download(path=folder / dump["index"]["url"].rpartition("/")[2], **dump["index"])
     with open_packed(index) as lines:  # "offset:page id:title", 100 lines with the same offset
         offsets = sorted({int(line.partition(b":")[0]) for line in lines})
-    ranges = list(zip(offsets, offsets[1:] + [dump["dump"]["size"]]))
+    ranges = list(zip(offsets, [*offsets[1:], dump["dump"]["size"]]))
     random.Random(seed).shuffle(ranges)
-    ranges = [pair for pair in ranges if pair[0] not in streams]
-    with requests.Session() as session:  # before the first stream of pages stands <siteinfo>
-        names = _fetch_stream(url, 0, offsets[0], session, lambda chunks: namespaces(next(chunks)))
-    with (full_disk_named(cache), open(cache, "a", encoding="utf-8", newline="\n") as out,
-          closing(_fetch_streams(url, ranges, names)) as fetched,
-          tqdm(desc=wiki, total=count, initial=len(articles), unit=" articles", disable=None) as bar):
-        for offset, found in fetched:
-            entries = [{"title": article.title, "text": article.text} for article in found]
-            line = json.dumps({"offset": offset, "articles": entries}, ensure_ascii=False)
-            out.write(line + "\n")
-            out.flush()  # a line for each stream: an interrupted run leaves whole lines but the last
+    head = folder / f"{wiki}-{dump['date']}" / "0.bz2"  # <siteinfo>, before the first pages
+    if not head.exists():
+        with write_atomically(head) as file:
+            file.write(fetch_bytes(url, 0, offsets[0]))
+    with open_packed(head) as file:
+        names = namespaces(file.read(MOST_STREAM_BYTES))
+    articles: list[Article] = []
+    with (closing(_fetch_streams(url, ranges, head.parent, names)) as fetched,
+          tqdm(desc=wiki, total=count, unit=" articles", disable=None) as bar):
+        for found in fetched:
             articles += found
             bar.update(len(found))
             if len(articles) >= count:
@@ -1863,7 +1826,7 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
         count = request.count or min(most, len(pool) - held_out)
     if not 0 < count <= len(pool) - held_out or not held_out:
         raise InputError(f"there are {len(pool)} distinct articles, {held_out} of them held out, "
-                         f"where {max(count, 20)} are asked for. Add articles (at least 20 are "
+                         f"and {max(count, 20)} are asked for. Add articles (at least 20 are "
                          "needed), or lower --count")
     chosen = [pool[i] for i in order[: held_out + count]]
     return chosen[held_out:], chosen[:held_out], left_out

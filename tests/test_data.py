@@ -49,7 +49,7 @@ def test_marks_around_entities_are_a_token_each() -> None:
 def test_tokenizer_training_is_repeatable_and_names_its_limits() -> None:
     texts = [a["text"] for a in articles(50)]
     assert train_tokenizer(texts, 120) == train_tokenizer(texts, 120)
-    with pytest.raises(InputError, match=r"largest that fits is (\d+)") as error:
+    with pytest.raises(InputError, match=r"set it to a value <= (\d+)") as error:
         train_tokenizer(texts, 5_000)
     limit = int(str(error.value).split()[-1])
     assert Tokenizer(train_tokenizer(texts, limit)).vocab_size == limit
@@ -97,7 +97,7 @@ def test_subsets_are_nested_and_share_their_held_out_articles(tmp_path: Path) ->
     large, held_large, _ = pretraining_articles(Request(articles=pattern, count=150), [], set())
     assert large[:50] == small and held_small == held_large and len(held_small) == 10
     assert not {a.text for a in large} & {a.text for a in held_large}
-    with pytest.raises(InputError, match="where 500 are asked for.*--count"):
+    with pytest.raises(InputError, match="and 500 are asked for.*--count"):
         pretraining_articles(Request(articles=pattern, count=500), [], set())
 
 

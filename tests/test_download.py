@@ -233,19 +233,6 @@ def test_error_page_with_status_200(server, tmp_path, expected):
     assert left_in(tmp_path) == [] and len(server.requests) == 1
 
 
-@pytest.mark.parametrize("word", ["html chunked", "no ranges short"])
-def test_a_server_without_ranges_does_not_cost_the_part(server, tmp_path, word):
-    """It answers a continued download from the start, with something else or not to the end."""
-    (tmp_path / "f.bin.part").write_bytes(BODY[:250_000])
-    server.behaviours["/f.bin"] = [word] * data.ATTEMPTS
-    with pytest.raises(InputError, match="wrong file|cannot be fetched"):
-        fetch(server, tmp_path)
-    assert (tmp_path / "f.bin.part").read_bytes() == BODY[:250_000]
-    server.behaviours.clear()
-    assert fetch(server, tmp_path).read_bytes() == BODY
-    assert left_in(tmp_path) == ["f.bin"] and server.requests[-1].range == "bytes=250000-"
-
-
 def test_error_page_does_not_cost_the_part(server, tmp_path):
     (tmp_path / "f.bin.part").write_bytes(BODY[:150_000])
     server.behaviours["/f.bin"] = ["html"]

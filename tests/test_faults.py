@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import errno
-import io
 import json
 import os
 import pickle
@@ -24,7 +23,7 @@ import torch
 import data
 import finetune as finetuning
 import pretrain as pretraining
-from data import DataFolder, DeviceTable, InputError, Task, encode_texts, load_table, open_folder, read_metadata, write_atomically
+from data import DataFolder, DeviceTable, InputError, Task, encode_texts, load_table, open_folder, read_metadata
 from finetune import Predictor, finetune, run_accuracy, run_probabilities
 from material import write_articles, write_folder, tables_of, corpus_of, articles, small_tokenizer
 from pretrain import PRESETS, Hardware, load_checkpoint, load_pretrained, load_tensors, pretrain

@@ -44,7 +44,6 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "own.model").write_bytes(small_tokenizer().model)
     write_folder(folder / "table", folder / "a.jsonl", [folder / "own.csv"], vocab_size=150)
     (folder / "record.json").write_text(json.dumps({"kind": "pretrain", "seed": 1}), encoding="utf-8")
-    (folder / "streams.jsonl").write_text(json.dumps({"offset": 1, "articles": [{"title": "a", "text": "b"}]}) + "\n", encoding="utf-8")
     return folder
 
 
@@ -69,7 +68,6 @@ READERS: dict[str, Callable[[Path], object]] = {
     "table/articles.npy": lambda path: load_table(path.parent, "articles", read_metadata(path.parent)),
     "table/articles.bin": lambda path: open_folder(path.parent),
     "record.json": lambda path: read_json(path, "kind"),
-    "streams.jsonl": lambda path: data.cached_streams(path),
 }
 SPLICES = [b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b'"', b",", b"{", b"[", b"]", b"}", b"null", b"1e999", b'"\\ud800"', b"9" * 5000, b"NaN",
            "\u202e\u05d0\u05d1".encode(), b"<page>", b"</page>", b"{{", b"[[" * 50, b"\n\n"]
