@@ -621,26 +621,31 @@ def _unpacked(stream: bytes) -> Iterator[bytes]:
             raise EOFError("it ends early")
 
 
+def _stream(url: str, start: int, end: int, folder: Path, session: requests.Session | None) -> bytes:
+    """The unpacked bz2 stream at the bytes [start, end) of a dump; the packed one stays in a file."""
+    path = folder / f"{start}.bz2"
+    for _ in range(2):
+        if not path.exists():
+            packed = fetch_bytes(url, start, end, session=session)
+            with write_atomically(path) as file:
+                file.write(packed)
+        try:
+            return b"".join(_unpacked(path.read_bytes()))
+        except (OSError, EOFError) as error:  # bz2 carries its own checksums
+            path.unlink()
+            problem = error
+    raise InputError(f"bytes {start} to {end} of {url} came damaged twice ({problem}). Try later")
+
+
 def _fetch_streams(url: str, ranges: Sequence[tuple[int, int]], folder: Path,
                    names: dict[str, int]) -> Generator[list[Article], None, None]:
-    """The articles of the bz2 streams at the byte `ranges` of a dump, each kept as a file."""
+    """The articles of the streams at the byte `ranges` of a dump, in that order."""
     own = threading.local()
 
     def fetch(start_end: tuple[int, int]) -> list[Article]:
-        path = folder / f"{start_end[0]}.bz2"
-        for _ in range(2):
-            if not path.exists():
-                stream = fetch_bytes(url, *start_end, session=own.session)
-                with write_atomically(path) as file:
-                    file.write(stream)
-            try:
-                pages = iterate_pages(_unpacked(path.read_bytes()), names)
-                found = [article_of(title, wikitext, names) for title, wikitext in pages]
-                return [article for article in found if article]
-            except (OSError, EOFError) as error:  # bz2 carries its own checksums
-                path.unlink()
-                problem = error
-        raise InputError(f"bytes {start_end} of {url} came damaged twice ({problem}). Try later")
+        pages = iterate_pages([_stream(url, *start_end, folder, own.session)], names)
+        found = [article_of(title, wikitext, names) for title, wikitext in pages]
+        return [article for article in found if article]
 
     def connect() -> None:
         own.session = requests.Session()
@@ -706,14 +711,10 @@ def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) 
         offsets = sorted({int(line.partition(b":")[0]) for line in lines})
     ranges = list(zip(offsets, [*offsets[1:], dump["dump"]["size"]]))
     random.Random(seed).shuffle(ranges)
-    head = folder / f"{wiki}-{dump['date']}" / "0.bz2"  # <siteinfo>, before the first pages
-    if not head.exists():
-        with write_atomically(head) as file:
-            file.write(fetch_bytes(url, 0, offsets[0]))
-    with open_packed(head) as file:
-        names = namespaces(file.read(MOST_STREAM_BYTES))
+    streams = folder / f"{wiki}-{dump['date']}"
+    names = namespaces(_stream(url, 0, offsets[0], streams, None))  # <siteinfo> comes before pages
     articles: list[Article] = []
-    with (closing(_fetch_streams(url, ranges, head.parent, names)) as fetched,
+    with (closing(_fetch_streams(url, ranges, streams, names)) as fetched,
           tqdm(desc=wiki, total=count, unit=" articles", disable=None) as bar):
         for found in fetched:
             articles += found
@@ -1565,11 +1566,13 @@ def read_metadata(path: Path) -> dict:
         for key in ("id", "files", "tasks", "settings", "sources", "max_length", "vocab_size",
                     "wikis", "articles"):
             meta[key]  # noqa: B018 - a KeyError says that it is missing
+        if meta["id"] != contents_id(meta):
+            raise InputError(f"{path / 'dataset.json'}: was changed. {REMAKE}")
         return meta
     except FileNotFoundError:
         raise InputError(f"{path}: no data folder. Make it with `python data.py prepare "
                          f"{path.name}`, or name another one") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path / 'dataset.json'}: damaged ({type(error).__name__}: "
                          f"{str(error)[:80]}). {REMAKE}") from None
 
@@ -1583,8 +1586,6 @@ def open_folder(path: Path | str) -> DataFolder:
             raise InputError(f"{path / name}: is missing. {REMAKE}")
         if file_hash(path / name) != expected:
             raise InputError(f"{path / name}: was changed. {REMAKE}, or under another name")
-    if meta["id"] != contents_id(meta):
-        raise InputError(f"{path / 'dataset.json'}: was changed. {REMAKE}")
     articles, held_out = (load_table(path, part, meta) for part in ("articles", "held_out"))
     wikis = np.load(path / "articles.wiki.npy") if meta["articles"] else np.zeros(0, np.uint8)
     tokenizer = Tokenizer.load(path / "tokenizer.model")
