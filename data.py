@@ -360,7 +360,7 @@ TEMPLATE_TEXT = {  # templates that stand for a sign
 # Templates of which the reader sees one value: the first, or the last.
 TEMPLATE_FIRST = set(
     "nowrap nobr small smaller big large abbr nihongo val linktext em strong sup sub math mvar smallcaps "
-    "sic ill flag flagcountry tooltip".split())
+    "sic ill flag flagcountry tooltip quote blockquote".split())
 TEMPLATE_LAST = set("lang langx transl transliteration script".split())
 TEMPLATE_PREFIX = {"circa": "c. ", "c.": "c. ", "fl.": "fl. ", "us$": "US$", "usd": "US$",
                    "gbp": "£", "£": "£", "€": "€", "as of": "As of ", "oldstyledate": ""}
@@ -389,6 +389,8 @@ def _template_text(match: re.Match[str]) -> str:
             return f"{values[0]}–{values[2]} {values[3]}"
         is_range = values[1:2] in (["to"], ["and"], ["or"], ["by"], ["x"])
         return " ".join(values[: 4 if is_range else 2])
+    if name in ("unité", "unidad", "nombre", "date"):  # of the French and Spanish Wikipedias
+        return " ".join(values[:3])
     if name in ("frac", "sfrac"):
         return " ".join([*values[:-2], "/".join(values[-2:])])
     return VANISHED
@@ -760,7 +762,7 @@ def text_lines(file: IO[bytes], name: str) -> Iterator[str]:
             if len(line) == LONGEST_LINE:
                 raise InputError(f"{name}, line {number}: over {LONGEST_LINE} characters. "
                                  "Is this a text file?")
-            yield line
+            yield line.removeprefix("\ufeff")  # inside a file: it was put together from several
     except UnicodeDecodeError as error:
         raise InputError(f"{name}, after line {number}: not UTF-16 text ({error.reason}). "
                          "Save the file as UTF-8") from None
@@ -1123,6 +1125,9 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> Parts:
     return ["World", "Sports", "Business", "Sci/Tech"], train, test
 
 
+BLANKS = " \t\n\r\xa0\ufeff\u200b\u200e\u200f"  # at the ends of a label, with the invisible ones
+
+
 def read_labels(path: Path) -> list[tuple[str, str]]:
     """(label, text) of a CSV file whose header names the columns label and text, in any order.
 
@@ -1143,7 +1148,7 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
         pairs: list[tuple[str, str]] = []
         empty = 0
         for line, row in rows:
-            label = unicodedata.normalize("NFC", row[columns.index("label")].strip())
+            label = unicodedata.normalize("NFC", row[columns.index("label")].strip(BLANKS))
             text = row[columns.index("text")]
             if not text.strip():
                 empty += 1

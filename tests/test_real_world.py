@@ -303,3 +303,35 @@ def test_few_real_openings_lose_a_word_inside_a_sentence(monkeypatch: pytest.Mon
         openings = [article.text for title, text in iterate_pages([file.read()]) if (article := article_of(title, text))]
     inside = [text for text in openings if re.search(r"[^\W\u2588][^\n\u2588]*\u2588", text)]
     assert len(openings) >= 80 and len(inside) <= 3
+
+
+# ---- reports from other projects, each tried here ----
+@pytest.mark.parametrize("wikitext, plain", [
+    ("medel är {{formatnum:3}}&nbsp;°C och {{formatNum:-10}}&nbsp;°C.", "medel är 3 °C och -10 °C."),  # wikiextractor 189
+    ("of {{convert|93|m|ft|abbr=off|sp=us}} high", "of 93 m high"),  # wikiextractor 98
+    ("The {{nihongo|'''Japan League'''|日本|lead=yes|extra=''Nihon''}}, is", "The Japan League, is"),  # wikiextractor 275
+    ("They included {{quote|[[Louise Michel]], the brothers}} and", "They included Louise Michel, the brothers and"),  # wikiextractor 80
+    ("vers {{unité|2000|m}} d'altitude le {{date|1|mai|1900}} à", "vers 2000 m d'altitude le 1 mai 1900 à"),  # cv-sentence-extractor 154
+    ("a {{open [[b]] {{c}} d\nThe {{lang|la|Homo}} is [[e|f]].", "a\nThe Homo is f."),  # wikiextractor 374
+])
+def test_reports_on_wikitext(wikitext: str, plain: str) -> None:
+    assert opening_text(wikitext) == plain
+
+
+def test_reports_on_csv(tmp_path: Path) -> None:
+    bom = "\ufeff"
+    path = write(tmp_path / "a.csv", f"{bom}label,text\n{bom}spam,x\nspam,y\n\u200bham\xa0,z\n")  # machinelearning 544, inspect_ai 5353
+    assert read_labels(path) == [("spam", "x"), ("spam", "y"), ("ham", "z")]
+    path = write(tmp_path / "b.csv", "label,text\nNA,null\nnan,None\n")  # datasets 4467: such words are text
+    assert read_labels(path) == [("NA", "null"), ("nan", "None")]
+    with pytest.raises(InputError, match="line 1: the header must name"):  # Kaggle's spam.csv, see flair 1496
+        read_labels(write(tmp_path / "c.csv", "v1,v2,,,\nham,Go,,,\n"))
+    with pytest.raises(InputError, match="line 1: the header must name"):  # the line that Excel itself writes first
+        read_labels(write(tmp_path / "d.csv", "sep=;\nlabel;text\na;b\n"))
+
+
+def test_reports_on_sentencepiece() -> None:
+    """Texts over 4,192 bytes were all skipped (sentencepiece 517), NUL spoils a line (331), a newline was unknown (101)."""
+    texts = [" ".join(a["text"] for a in material_articles(60)), "river\0king " * 9, "ocean\nbridge " * 9]
+    tokenizer = Tokenizer(train_tokenizer(texts, 90))
+    assert data.unknown_share(tokenizer.encode(["the river\nof the king"])[0], tokenizer) == 0
