@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataFolder, InputError, Task, open_folder, run_script
+from data import DataFolder, InputError, Task, largest_share, open_folder, rows_a_class, run_script
 from finetune import (PRESETS as FINETUNE_PRESETS, FinetuneRecipe, Predictor, Row, TaskTables, add_predict_flags, answer, check_task,
                       difference, finetune, gap_sentence, in_words, load_classifier, plot_accuracies, points, run_accuracy,
                       run_probabilities, twin_seed, unit_values, votes, with_rows)
@@ -295,9 +295,10 @@ def table_rows(models: dict[str, dict[str, list[float]]], right: Right, job: Job
 
 def print_table(tables: TaskTables, rows: list[Row], deep: str) -> None:
     task = tables.task
-    print(f"\n{task.name}: {len(task.classes)} classes, {len(tables.train_labels) // len(task.classes)} training rows each, "
-          f"{len(tables.test_rows)} {tables.split} rows; accuracy in % (±: 95 % t-interval over pre-training seeds,\n"
-          "or over fine-tuning seeds where there is one pre-training seed)")
+    print(f"\n{task.name}: {len(task.classes)} classes, {rows_a_class(tables.train_labels.tolist())} training rows a class, "
+          f"{len(tables.test_rows)} {tables.split} rows; always naming the largest class: "
+          f"{100 * largest_share(tables.test_labels.tolist()):.1f} %\n"
+          "accuracy in % (±: 95 % t-interval over pre-training seeds, or over fine-tuning seeds where there is one pre-training seed)")
     print(f"{'model':34}{'pre-trained':>16}{'from scratch':>16}{'gap':>8}")
     deep_accuracy = {label: np.mean(pretrained) for label, pretrained, _ in rows}.get(deep)
     for label, pretrained, scratch in rows:

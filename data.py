@@ -997,6 +997,17 @@ def first_of_each(rows: Rows, per_class: int) -> Rows:
     return chosen
 
 
+def rows_a_class(labels: Iterable[int]) -> str:
+    """How many rows the classes have: a number, or a range."""
+    counts = Counter(labels).values()
+    return f"{max(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+
+
+def largest_share(labels: Sequence[int]) -> float:
+    """The share of the largest class: the accuracy of always naming it."""
+    return max(Counter(labels).values()) / len(labels)
+
+
 def csv_rows(lines: Iterable[str], where: str, columns: int,
              separator: str = ",") -> Iterator[tuple[int, list[str]]]:
     """(line on which it begins, fields) of each row that is not blank. Quotes are read strictly."""
@@ -1733,21 +1744,18 @@ def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFold
 
 def report_task(task: Task, articles: Sequence[str], tokenizer: Tokenizer, max_length: int) -> dict:
     """Print a task's counts, and what its test rows share with the articles (decode_texts)."""
-    counts = []
-    for part, rows in (("training", task.train), ("dev", task.dev), ("test", task.test)):
-        a_class = Counter(label for _, label in rows).values()
-        fewest, most = min(a_class), max(a_class)
-        a_class_in_words = f"{most}" if fewest == most else f"{fewest} to {most}"
-        counts.append(f"{len(rows)} {part} ({a_class_in_words} a class)")
-    print(f"task {task.name}: {len(task.classes)} classes; rows: {', '.join(counts)}"
+    train, dev, test = (rows_a_class(label for _, label in rows)
+                        for rows in (task.train, task.dev, task.test))
+    print(f"task {task.name}: {len(task.classes)} classes; {train} training, {dev} dev and {test} "
+          "test rows a class"
           + (f"; {task.note}" if task.note else ""), flush=True)
     texts = [text for text, _ in task.train + task.dev + task.test]
     table = encode_texts(texts, tokenizer, max_length)
     shares = encoding_shares(table, tokenizer, f"task {task.name}")
     shared = 0.0
     if articles:
-        test = whole_texts([text for text, _ in task.test], tokenizer)
-        shared = float(shared_runs(articles, test)[0].mean())
+        test_texts = whole_texts([text for text, _ in task.test], tokenizer)
+        shared = float(shared_runs(articles, test_texts)[0].mean())
         print(f"task {task.name}: {100 * shared:.1f} % of the test rows share {RUN} characters "
               "with an article", flush=True)
     return {"encoded": shares, "test_rows_sharing_runs": shared}

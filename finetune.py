@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (UNKNOWN_TEXT, DataFolder, DeviceTable, InputError, Rows, Task, encode_texts, padded_length, run_script, text_lines,
-                  to_device, unknown_share, write_atomically)
+from data import (UNKNOWN_TEXT, DataFolder, DeviceTable, InputError, Rows, Task, encode_texts, largest_share, padded_length, rows_a_class,
+                  run_script, text_lines, to_device, unknown_share, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_run_flags, can_compile,
                       choose_hardware, chosen_recipe, config_of, data_of, load_checkpoint, load_settings, load_weights, maybe_compile,
@@ -490,7 +490,11 @@ def main() -> None:
     record: dict[str, dict] = {}
     drawn: dict[str, list[Row]] = {}
     for task in tasks:
-        record[task.name] = {"models": {}, "committee": {}}
+        train, scored = ([label for _, label in rows] for rows in
+                         task.rows(args.split, with_rows(recipe, args.preset, task.name).per_class))
+        print(f"{task.name}: {len(task.classes)} classes, {rows_a_class(train)} training rows a class, {len(scored)} {args.split} rows; "
+              f"always naming the largest class: {100 * largest_share(scored):.1f} %")
+        record[task.name] = {"models": {}, "committee": {}, "largest_class": largest_share(scored)}
         for label, group in starts.items():
             runs = finetune_twins(task.name, label, group, work, args.scratch)
             values = {kind: [list(map(run_accuracy, unit)) for unit in units] for kind, units in runs.items()}

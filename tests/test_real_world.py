@@ -160,7 +160,7 @@ def test_long_fields_and_many_classes(tmp_path: Path) -> None:
 def test_rows_a_class_are_told_as_a_range(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = write(tmp_path / "a.csv", "label,text\n" + "".join(f"{'b' if i % 20 == 0 else 'a'},text {i}\n" for i in range(200)))
     prepare(tmp_path / "d/own", Request(labels=[path], articles=[str(write_articles(tmp_path / "a.jsonl.gz", 60))], preset="smoke", vocab_size=150))
-    assert "training (7 to 133 a class)" in capsys.readouterr().out
+    assert "7 to 133 training, 1 to 19 dev and 2 to 38 test rows a class" in capsys.readouterr().out
 
 
 # ---- unknown words ----
