@@ -6,8 +6,8 @@ spread (the committees run once). Ours come from the logs of real runs of the sc
 `predict_logits`, `measure_latency`): what is timed is what users run. The limit is a plain matrix product in the same type, measured in the
 same run, over the operations that a token needs with the vocabulary head on masked positions only.
 
-    python tests/benchmark_speed.py --quick                                    some 4 minutes on two cores
-    python tests/benchmark_speed.py --task fewrel --articles 'data/wikipedia/*.jsonl.gz' --articles-count 90000 --raw-dir data
+    python data.py prepare speed --preset paper --articles '...' --task fewrel   a data folder with the paper's vocabulary
+    python tests/benchmark_speed.py --data speed --quick                       some 4 minutes on two cores
     python tests/benchmark_speed.py --grow                                     how cost grows; results/speed-growth-....json
     python tests/benchmark_speed.py --profile                                  where a step's time goes; results/speed-profile-....json
     python tests/benchmark_speed.py --together                                 K members in one batched pass; results/speed-together-....json
@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,8 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from committee import SoftCommittee, measure_latency  # noqa: E402
-from data import (Corpus, DeviceTable, InputError, Task, TokenTable, add_source_flags, load_corpus, load_tasks, make_table,  # noqa: E402
-                  pretraining_articles, run_script)
+from data import DataFolder, DeviceTable, InputError, Task, TokenTable, data_path, decode_texts, encode_texts, open_folder, run_script  # noqa: E402
 from finetune import PRESETS as FINETUNE_PRESETS, TaskTables, finetune, predict_logits  # noqa: E402
 from model import MODELS, BertConfig, Classifier, MaskedLM, count_operations, count_parameters, named_config  # noqa: E402
 from pretrain import (PRESETS, Hardware, PretrainRecipe, choose_hardware, keep_freed_memory, mask_tokens, maybe_compile,  # noqa: E402
@@ -59,7 +58,7 @@ Rates = list[float]
 class Bench:
     """What the rows need: texts, a task, the hardware, and a folder for runs that are thrown away."""
 
-    corpus: Corpus
+    corpus: DataFolder
     task: Task
     hardware: Hardware
     folder: Path
@@ -69,13 +68,16 @@ class Bench:
         return torch.float16 if self.hardware.device.type == "cuda" else torch.float32
 
     def tables(self, test_rows: int) -> TaskTables:
-        chosen = self.task.test[:: max(1, len(self.task.test) // test_rows)][:test_rows]
-        return TaskTables.make(replace(self.task, test=chosen), self.corpus.tokenizer, LENGTH, self.folder, self.hardware.device)
+        tables = TaskTables.make(self.corpus, self.task.name, "test", 0, self.hardware.device)
+        rows = self.task.test[:: max(1, len(self.task.test) // test_rows)][:test_rows]
+        test = DeviceTable(encode_texts([text for text, _ in rows], self.corpus.tokenizer, LENGTH), self.hardware.device)
+        labels = torch.tensor([label for _, label in rows], device=self.hardware.device)
+        return replace(tables, test=test, test_labels=labels, test_rows=rows)
 
     def untrimmed(self, tables: TaskTables, part: str) -> TokenTable:
         """The "train" or "test" rows as a table that the reference pads by itself."""
-        texts = [text for text, _ in getattr(tables.task, part)]
-        return make_table(texts, self.corpus.tokenizer, LENGTH, self.folder, f"{self.task.name}-{part}")
+        rows = tables.test_rows if part == "test" else self.task.rows("test")[0]
+        return encode_texts([text for text, _ in rows], self.corpus.tokenizer, LENGTH)
 
     def throw_away(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder))
@@ -83,9 +85,7 @@ class Bench:
 
 def full_length(table: TokenTable, texts: int, length: int = LENGTH) -> TokenTable:
     """So many texts of exactly `length` tokens, cut from a table's stream of tokens."""
-    digest = f"{table.meta['texts_sha256'][:40]}-full-{texts}-{length}"
-    return TokenTable(np.resize(table.tokens, texts * length), np.arange(texts + 1, dtype=np.int64) * length,
-                      {**table.meta, "texts_sha256": digest})
+    return TokenTable(np.resize(table.tokens, texts * length), np.arange(texts + 1, dtype=np.int64) * length, length)
 
 
 # ------------------------------------------------------------------------------------------- ours, by the scripts' own functions
@@ -174,7 +174,7 @@ class Theirs:
     def pretraining(self, steps: int) -> Rates:
         """Tokens/s."""
         return self.timed(steps, lambda rows: training_step(
-            self.model, self.optimizer, padded(self.bench.corpus.train, rows, LENGTH), self.reference, self.generator), LENGTH)
+            self.model, self.optimizer, padded(self.bench.corpus.articles, rows, LENGTH), self.reference, self.generator), LENGTH)
 
     def finetuning(self, tables: TaskTables, table: TokenTable, steps: int) -> Rates:
         """Texts/s."""
@@ -382,13 +382,12 @@ class Table:
 
     def host(self) -> Iterator[dict]:
         """What no GPU has a part in."""
-        (seconds, texts), peak = apart(partial(encode, self.args, self.bench, 10_000 if self.quick else 90_000))
+        (seconds, texts), peak = apart(partial(encode, self.bench.corpus.path, 10_000 if self.quick else 90_000))
         yield row(f"encode {texts} openings", "s", seconds, 20.0 * texts / 90_000, 1.0, reference_is="the target")
         yield row("    its peak memory", "GB", peak, 1.0, 1.0, reference_is="the target")
         yield row("classifying lines of stdin as they come, bert-1, width 256", "texts/s", lines_a_second(self.bench, 300), 200.0, 1.0,
                   reference_is="the target")
-        for name, prepared in (("start to first step, tables ready", False), ("    the same from a folder of data.py encode", True)):
-            yield row(name, "s", start_to_first_step(self.args, self.bench.folder, prepared), 5.0, 1.0, reference_is="the target")
+        yield row("start to first step", "s", [start_to_first_step(self.bench.corpus.path, self.bench.folder)], 4.0, 1.0, reference_is="the target")
 
 
 SECTIONS = ("paper", "classify", "committee", "small", "stems", "host")  # methods of Table
@@ -412,37 +411,30 @@ class Pieces:
     model: bytes
 
 
-def small_vocabulary(corpus: Corpus, size: int) -> Corpus:
+def small_vocabulary(corpus: DataFolder, size: int) -> DataFolder:
     """The same texts under a tokenizer of fewer pieces: ids beyond it are folded back. For timing alone."""
     def fold(table: TokenTable) -> TokenTable:
         tokens = np.where(table.tokens < size, table.tokens, 5 + table.tokens % (size - 5)).astype(np.uint16)
-        return TokenTable(tokens, table.offsets, {**table.meta, "texts_sha256": f"{size}-{table.meta['texts_sha256']}"})
+        return TokenTable(tokens, table.offsets, table.max_length)
 
-    return Corpus(Pieces(size, corpus.tokenizer.hash, corpus.tokenizer.model), fold(corpus.train), fold(corpus.held_out))
+    pieces: Any = Pieces(size, corpus.tokenizer.hash, corpus.tokenizer.model)
+    return replace(corpus, tokenizer=pieces, articles=fold(corpus.articles), held_out=fold(corpus.held_out))
 
 
-def encode(args: argparse.Namespace, bench: Bench, count: int) -> Rates:
+def encode(folder: Path, count: int) -> Rates:
     """[seconds to encode the openings, how many]."""
-    articles, _ = pretraining_articles(args, [])
-    texts = [a.text for a in articles[:count]]
+    data = open_folder(folder)
+    texts = decode_texts(data.articles.subset(np.arange(min(count, len(data.articles)))), data.tokenizer)
     start = time.perf_counter()
-    make_table(texts, bench.corpus.tokenizer, LENGTH, bench.throw_away(), "articles")
+    encode_texts(texts, data.tokenizer, LENGTH)
     return [time.perf_counter() - start, len(texts)]
 
 
-def start_to_first_step(args: argparse.Namespace, folder: Path, prepared: bool) -> float:
-    """Seconds from `python pretrain.py ...` to its first logged step, tokenizer and tables being there; prepared: with --prepared."""
-    runs = args.runs_dir
-    source = [word for flag in ("articles", "task", "articles_count", "raw_dir", "runs_dir", "min_class_size") if (value := getattr(args, flag))
-              for word in (f"--{flag.replace('_', '-')}", *(map(str, value) if isinstance(value, list) else [str(value)]))]
-    if prepared:
-        encode = [sys.executable, str(ROOT / "data.py"), "encode", *source, "--vocab-size", str(args.vocab_size), "--out", str(folder / "prepared")]
-        subprocess.run(encode, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-        source = ["--prepared", str(folder / "prepared"), "--runs-dir", str(runs)]
-    command = [sys.executable, str(ROOT / "pretrain.py"), *source, "--vocab-size", str(args.vocab_size), "--steps", "1", "--fresh", "--width", "64",
-               "--name", "speed-start", "--count-start", "0"]
+def start_to_first_step(folder: Path, runs: Path) -> float:
+    """Seconds from `python pretrain.py --data ...` to its first logged step."""
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--data", f"{folder.resolve()}/", "--set", "steps=1", "width=64", "--fresh",
+               "--name", "speed-start", "--runs-dir", str(runs)]
     log, start = runs / "pretrain" / "speed-start" / "log.jsonl", time.perf_counter()
-    log.unlink(missing_ok=True)
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and not (log.exists() and "tokens_per_s" in log.read_text(encoding="utf-8")):
             time.sleep(0.02)
@@ -499,7 +491,7 @@ def batched_pretraining(bench: Bench, recipe: PretrainRecipe, K: int, steps: int
     for weight in parameters.values():
         torch._dynamo.mark_static_address(weight)  # else a CUDA graph copies it at every replay, as it does a batch
     optimizer = torch.optim.AdamW(parameters.values(), lr=recipe.lr, fused=True)
-    table, texts = DeviceTable(bench.corpus.train, device), K * recipe.batch_size
+    table, texts = DeviceTable(bench.corpus.articles, device), K * recipe.batch_size
     tokens = recipe.batch_size * LENGTH
     masked = most_masked(tokens, recipe.mask_rate) if device.type == "cuda" else round(tokens * recipe.mask_rate)  # as pretrain.py has it
 
@@ -535,7 +527,8 @@ def growth(bench: Bench, quick: bool) -> dict[str, list[dict]]:
         for value in values[::2] if quick else values:
             model = "bert-6" if (what, value) == ("layers", 6) else "bert-1"
             recipe = replace(QUICK, count_start=0.0, local_start=0.0, heads=0, **({what: value} if what != "layers" else {}))
-            corpus = Corpus(base.corpus.tokenizer, *(full_length(t, len(t), recipe.max_length) for t in (base.corpus.train, base.corpus.held_out)))
+            cut = {part: full_length(getattr(base.corpus, part), 512, recipe.max_length) for part in ("articles", "held_out")}
+            corpus = replace(base.corpus, **cut)
             rates, memory = apart(partial(our_pretraining, replace(base, corpus=corpus), model, recipe, steps))
             result.setdefault(what, []).append({"value": value, "tokens_per_s": float(np.median(rates)), "memory_gb": memory})
             print(f"{what} {value}: {np.median(rates):.0f} tokens/s, {memory:.2f} GB", flush=True)
@@ -595,22 +588,22 @@ def main() -> None:
     parser.add_argument("--grow", action="store_true", help="measure how cost grows, instead of the table")
     parser.add_argument("--profile", action="store_true", help="measure where a step's time goes, instead of the table")
     parser.add_argument("--together", action="store_true", help="train five members in one batched pass, instead of the table")
-    parser.add_argument("--vocab-size", type=int, default=30_522, help="pieces of the tokenizer (default %(default)s, the paper's)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda")
     parser.add_argument("--out", type=Path, help="default results/speed-cpu.json or results/speed-NAME-OF-GPU.json")
-    add_source_flags(parser)
+    parser.add_argument("--data", required=True, metavar="NAME", help="a data folder of the paper's vocabulary and length")
+    parser.add_argument("--task", metavar="TASK", help="a task of it (default: the first)")
     args = parser.parse_args()
-    args.preset, started = "quick", time.perf_counter()
+    started = time.perf_counter()
     hardware = choose_hardware(args.device)
     gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if hardware.device.type == "cuda" else ""
     mode = "growth-" if args.grow else "profile-" if args.profile else "together-" if args.together else ""
     out = args.out or ROOT / "results" / f"speed-{mode}{gpu or 'cpu'}.json"
     os.environ["TQDM_DISABLE"] = "1"
-    task = load_tasks(args)[0]
-    corpus = load_corpus(args, [task], args.vocab_size, LENGTH)
+    corpus = open_folder(data_path(args.data))
+    task = corpus.task(args.task or next(iter(corpus.meta["tasks"])))
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(replace(corpus, train=full_length(corpus.train, 4_096), held_out=full_length(corpus.held_out, 8)), task, hardware,
-                      Path(folder))
+        full = replace(corpus, articles=full_length(corpus.articles, 4_096), held_out=full_length(corpus.held_out, 8))
+        bench = Bench(full, task, hardware, Path(folder))
         def keep(**measured) -> None:
             settings = {"quick": args.quick, "task": task.name, "vocab_size": corpus.tokenizer.vocab_size}
             write_json(out, result_record(settings, time.perf_counter() - started, hardware=hardware.reason, **measured))
