@@ -35,10 +35,10 @@ class SlowFile:
         self.file = file
 
     def write(self, content: bytes) -> int:
-        half = len(content) // 2
-        self.file.write(content[:half])
-        time.sleep(SECONDS)
-        return half + self.file.write(content[half:])
+        for start in range(0, len(content), 4096):
+            time.sleep(SECONDS)
+            self.file.write(content[start : start + 4096])
+        return len(content)
 
     def flush(self) -> None:
         self.file.flush()

@@ -545,9 +545,11 @@ def as_theirs(tokenizer: Tokenizer, folder: Path) -> transformers.PreTrainedToke
 
 def test_same_ids_on_tricky_texts(tokenizer: Tokenizer, tmp_path: Path) -> None:
     theirs = as_theirs(tokenizer, tmp_path / "export")
-    differing = {text: theirs(text)["input_ids"] for text, ids in zip(TRICKY, tokenizer.encode(TRICKY, 10_000))
-                 if theirs(text)["input_ids"] != ids.tolist()}
-    assert not differing
+    for text, ids in zip(TRICKY, tokenizer.encode(TRICKY, 10_000)):
+        found = theirs(text)["input_ids"]
+        if found != ids.tolist():  # two ways to cut the text have the same score, as ". .." and ".. ."
+            scores = [sorted(map(tokenizer.pieces.get_score, row)) for row in (found, ids.tolist())]
+            assert scores[0] == scores[1] and tokenizer.decode(found) == tokenizer.decode(ids), text
     assert theirs.decode(theirs("the river of france")["input_ids"], skip_special_tokens=True) == "the river of france"
     assert [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id, theirs.mask_token_id] == [0, 1, 2, 3, 4]
 
