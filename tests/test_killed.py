@@ -263,7 +263,7 @@ def test_two_at_once_in_one_folder(material: Path) -> None:
     while first.poll() is None and job.holders() != [first.pid]:
         time.sleep(0.01)
     second = job.start()
-    assert second.wait(timeout=60) == 2 and f"is locked by process {first.pid}: " in job.shown(), job.shown()
+    assert second.wait(timeout=60) == 2 and f"is locked by process {first.pid}. " in job.shown(), job.shown()
     assert first.poll() is None, "the second ended the first"
     first.kill()
     first.wait(timeout=60)

@@ -81,6 +81,7 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     counts = [int(n) for n in re.findall(r"taken for \w+: (\d+) of", out)]
     assert counts == sorted(counts, reverse=True) and sum(counts) <= wrong <= sum(counts) + counts[-1]  # of 6 pairs, 5 are shown
     assert Path(re.search(r"(\S.*\.png) written", out)[1]).read_bytes().startswith(b"\x89PNG")
+    assert "always naming the largest class: 33.3 %" in out and "training rows a class" in out
     assert re.search(r"own bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
     run_folder = next((material / "runs/finetune").glob("own-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
