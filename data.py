@@ -11,7 +11,7 @@ once, with a fixed seed, and is the same for every model that is trained on the 
 
 A data folder holds
     tokenizer.model, tokenizer.vocab    trained on its articles
-    articles.bin, articles.npy          token ids end to end (uint16); where each text begins (int64)
+    articles.bin, articles.npy          token ids end to end (uint16); where texts begin (int64)
     held_out.bin, held_out.npy          the same, for articles that no model trains on
     articles.wiki.npy                   from which wiki each article is
     TASK.train.csv, .dev.csv, .test.csv     labelled texts: label,text
@@ -79,7 +79,7 @@ SPLIT_SEED = 42  # of everything that is drawn once: the order of articles, the 
 
 @contextmanager
 def full_disk_named(path: Path | str) -> Iterator[None]:
-    """Turn a full disk, a quota or a limit on a file's size into an InputError that names `path`."""
+    """Turn a full disk, a quota or a limit on file sizes into an InputError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -324,8 +324,8 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
             if not continued:  # else the old part may be of another version: once more
                 break
     raise InputError(f"{url} gave a wrong file (size, {algorithm}: {got} instead of "
-                     f"{(size, expected)}), now deleted. Try again, or put the right file at {path} "
-                     "by hand")
+                     f"{(size, expected)}), now deleted. Try again, or put the right file at "
+                     f"{path} by hand")
 
 
 # ---- wikitext ------------------------------------------------------------------------------------
@@ -333,8 +333,8 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
 MOST_SCANNED = 200_000  # characters of wikitext in which an opening is looked for
 DEEPEST = 40  # levels of templates in templates that are resolved, as in MediaWiki
 # Namespaces by name, in lower case. A dump names its own in <siteinfo>.
-NAMESPACES = {"media": -2, "special": -1, "talk": 1, "user": 2, "wikipedia": 4, "file": 6, "image": 6,
-              "mediawiki": 8, "template": 10, "help": 12, "category": 14, "portal": 100}
+NAMESPACES = {"media": -2, "special": -1, "talk": 1, "user": 2, "wikipedia": 4, "file": 6,
+              "image": 6, "mediawiki": 8, "template": 10, "help": 12, "category": 14, "portal": 100}
 HIDDEN_NAMESPACES = (-2, 6, 14)  # links to media, files and categories are not part of the text
 
 # What stands between these tags is no wikitext; for <nowiki> alone it is text.
@@ -356,11 +356,12 @@ _DISAMBIGUATION = re.compile(
 VANISHED = "\0"  # stands where something was removed, until it is known whether it parted words
 TEMPLATE_TEXT = {  # templates that stand for a sign
     "snd": "–", "spnd": "–", "ndash": "–", "–": "–", "spaced ndash": "–", "en dash": "–",
-    "mdash": "—", "—": "—", "nbsp": " ", "thinsp": " ", "'": "'", "'s": "'s", "!": "|", "=": "="}
+    "mdash": "—", "—": "—", "nbsp": " ", "thinsp": " ", "'": "'", "'s": "'s", "!": "|",
+    "=": "="}
 # Templates of which the reader sees one value: the first, or the last.
 TEMPLATE_FIRST = set(
-    "nowrap nobr small smaller big large abbr nihongo val linktext em strong sup sub math mvar smallcaps "
-    "sic ill flag flagcountry tooltip quote blockquote".split())
+    "nowrap nobr small smaller big large abbr nihongo val linktext em strong sup sub math mvar "
+    "smallcaps sic ill flag flagcountry tooltip quote blockquote".split())
 TEMPLATE_LAST = set("lang langx transl transliteration script".split())
 TEMPLATE_PREFIX = {"circa": "c. ", "c.": "c. ", "fl.": "fl. ", "us$": "US$", "usd": "US$",
                    "gbp": "£", "£": "£", "€": "€", "as of": "As of ", "oldstyledate": ""}
@@ -416,7 +417,7 @@ def _variant_text(match: re.Match[str]) -> str:
 
 
 def _without_raw(text: str) -> str:
-    """Text without references, formulas and the like. Of a tag that is never closed, it alone goes."""
+    """Text without references, formulas and the like. Of a tag never closed, only the tag goes."""
     pieces: list[str] = []
     position = 0
     while match := _RAW_TAG.search(text, position):
@@ -610,7 +611,8 @@ def pinned_dump(wiki: str, folder: Path) -> dict:
             raise TypeError("no date")
         return pinned
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{sidecar}: damaged ({error}). Delete it to take the newest dump") from None
+        raise InputError(f"{sidecar}: damaged ({error}). Delete it to take the newest "
+                         "dump") from None
 
 
 def _unpacked(stream: bytes) -> Iterator[bytes]:
@@ -625,8 +627,9 @@ def _unpacked(stream: bytes) -> Iterator[bytes]:
             raise EOFError("it ends early")
 
 
-def _stream(url: str, start: int, end: int, folder: Path, session: requests.Session | None) -> bytes:
-    """The unpacked bz2 stream at the bytes [start, end) of a dump; the packed one stays in a file."""
+def _stream(url: str, start: int, end: int, folder: Path,
+            session: requests.Session | None) -> bytes:
+    """The unpacked bz2 stream at the bytes [start, end) of a dump; the packed one is kept."""
     path = folder / f"{start}.bz2"
     for _ in range(2):
         if not path.exists():
@@ -678,7 +681,8 @@ def dump_identity(wiki: str, raw_dir: Path) -> str:
         return pinned_dump(wiki, folder)["dump"]["sha1"]
 
 
-def wikimedia_articles(wiki: str, count: int, raw_dir: Path, seed: int = SPLIT_SEED) -> list[Article]:
+def wikimedia_articles(wiki: str, count: int, raw_dir: Path,
+                       seed: int = SPLIT_SEED) -> list[Article]:
     """`count` random articles of a Wikipedia ("enwiki", "dewiki", ...), or all if it has fewer.
 
     Those of a smaller count are the first of a larger one. They come from a dump in the raw
@@ -697,8 +701,8 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path, seed: int = SPLIT_S
             try:
                 articles = _drawn_articles(wiki, count, folder, dump, seed)
             except NotServed as error:
-                raise InputError(f"{error}. Old dumps are removed: delete {folder}/{wiki}-dump.json "
-                                 "to take a newer one") from error
+                raise InputError(f"{error}. Old dumps are removed: delete "
+                                 f"{folder}/{wiki}-dump.json to take a newer one") from error
     return [replace(article, wiki=wiki.removesuffix("wiki")) for article in articles[:count]]
 
 
@@ -748,7 +752,8 @@ def text_lines(file: IO[bytes], name: str) -> Iterator[str]:
 
     Lines may end in "\\n", "\\r\\n" or "\\r". Raises InputError, with the line, for any wrong byte.
     """
-    utf16 = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # type: ignore[attr-defined]
+    start = file.peek(2)[:2]  # type: ignore[attr-defined]
+    utf16 = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     # "surrogateescape" keeps a wrong byte as U+DC80 to U+DCFF, so that its line can be named.
     text = io.TextIOWrapper(file, "utf-16" if utf16 else "utf-8-sig", "surrogateescape")
     number = 0
@@ -780,7 +785,7 @@ def file_lines(path: Path) -> Generator[str, None, None]:
 def _plain_articles(path: Path) -> Iterator[Article]:
     """Articles of a .txt file: parted by blank lines, or by <doc> lines as WikiExtractor writes.
 
-    A file without a blank line is an article a line. WikiText headings (" = Title = ") are left out.
+    A file without a blank line is an article a line. Headings (" = Title = ") are left out.
     """
     lines = [line.strip() for line in file_lines(path)]
     while lines and not lines[-1]:
@@ -803,7 +808,7 @@ def _plain_articles(path: Path) -> Iterator[Article]:
 
 
 def _json_articles(path: Path) -> Iterator[Article]:
-    """Articles of a .jsonl file: an object {"title", "text", "wiki"} a line, of which text counts."""
+    """Articles of a .jsonl file: an object with "text", and perhaps "title" and "wiki", a line."""
     for number, line in enumerate(file_lines(path), 1):
         if not line.strip():
             continue
@@ -1242,40 +1247,51 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
     left_out = len(rows) - sum(map(len, groups.values()))
     sizes = Counter(label for group in groups.values() for _, label in group)
 
-    needed = train_per_class + dev_per_class + (test_per_class if test_rows is None else 0)
-    dev_is_unused = train_per_class > 0 and min(sizes.values()) >= needed
-    if train_per_class and not dev_is_unused:
+    one_file = test_rows is None
+    needed = train_per_class + dev_per_class + (test_per_class if one_file else 0)
+    most_train = train_per_class
+    if train_per_class and min(sizes.values(), default=0) < needed:  # dev is cut from train
         dev_per_class = min(dev_per_class, train_per_class // 2)
-    most_train = max(1, train_per_class - (0 if dev_is_unused else dev_per_class))
+        most_train = train_per_class - dev_per_class
     exact = {"train": most_train, "dev": dev_per_class, "test": test_per_class}
-    parts: dict[str, Rows] = {"test": test, "dev": [], "train": []}
-    taken = {part: Counter[int]() for part in parts}
-    shares = {"dev": 10} if test_rows is not None else {"test": 5, "dev": 10}
-    for group in groups.values():
-        counts = Counter(label for _, label in group)
-        chosen = "train"
-        for part, share in shares.items():
-            if exact[part]:
-                fits = all(taken[part][c] + n <= exact[part] for c, n in counts.items())
-            else:  # a share of the rows, and at least one text
-                fits = all(taken[part][c] + n <= max(n, sizes[c] // share) for c, n in counts.items())
-            if fits:
-                chosen = part
-                break
-        for text, label in group:
-            if chosen != "train" or not train_per_class or taken["train"][label] < most_train:
-                parts[chosen].append((text, label))
-                taken[chosen][label] += 1
-    names = [classes[c] for c in kept]
+    parts = _divide(list(groups.values()), sizes, exact, one_file)
     notes = []
     if left_out:
         notes.append(f"{left_out} training rows left out that are test texts")
     if len(kept) < len(classes):
         notes.append(f"{len(classes) - len(kept)} classes under {min_class_size} rows dropped")
-    task = Task(name, names, parts["train"], parts["dev"], parts["test"], train_per_class,
-                "; ".join(notes))
-    _check_sizes(task, sizes, groups.values(), test_rows is None, exact)
+    task = Task(name, [classes[c] for c in kept], parts["train"], parts["dev"],
+                parts["test"] if one_file else test, train_per_class, "; ".join(notes))
+    _check_sizes(task, sizes, groups.values(), one_file, exact)
     return task
+
+
+def _divide(groups: Sequence[Rows], sizes: Counter[int], exact: dict[str, int],
+            one_file: bool) -> dict[str, Rows]:
+    """Give the rows of each text to the first of test, dev and train that still wants rows.
+
+    sizes: rows of each class. exact: rows of a class for each part; 0: a share (test a fifth, dev
+    a tenth, at least one text), and for train all that are left. one_file: test rows are needed.
+    """
+    parts: dict[str, Rows] = {"train": [], "dev": [], "test": []}
+    taken = {part: Counter[int]() for part in parts}
+    shares = {"test": 5, "dev": 10} if one_file else {"dev": 10}
+    for group in groups:
+        chosen = "train"
+        counts = Counter(label for _, label in group)
+        for part, share in shares.items():
+            room = True
+            for c, n in counts.items():
+                wanted = exact[part] or max(n, sizes[c] // share)
+                room &= taken[part][c] + n <= wanted
+            if room:
+                chosen = part
+                break
+        for text, label in group:
+            if chosen != "train" or not exact["train"] or taken["train"][label] < exact["train"]:
+                parts[chosen].append((text, label))
+                taken[chosen][label] += 1
+    return parts
 
 
 def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_file: bool,
@@ -1295,8 +1311,8 @@ def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_fi
         if distinct[c] < len(parts):
             texts = "1 distinct text" if distinct[c] == 1 else f"{distinct[c]} distinct texts"
             raise InputError(
-                f"{where} has {texts}, and {len(parts)} are needed ({', '.join(parts)}). Add texts, "
-                f"or drop small classes with --min-class-size {max(len(parts), sizes[c] + 1)}")
+                f"{where} has {texts}, and {len(parts)} are needed ({', '.join(parts)}). Add "
+                f"texts, or drop small classes with --min-class-size {max(len(parts), sizes[c] + 1)}")
         for part, rows in exact.items():
             have = counts[part][c]
             if part == "test" and not one_file and have < max(1, rows):
@@ -1409,7 +1425,7 @@ def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int,
 
 
 def padded_length(longest: int, most: int) -> int:
-    """The padded length of a batch: a multiple of 8, so that few shapes occur, but at most `most`."""
+    """The padded length of a batch: a multiple of 8, for few shapes, and at most `most`."""
     return min(-(-longest // 8) * 8, most)
 
 
@@ -1492,8 +1508,8 @@ class Request:
         if not re.fullmatch(r"([a-z_]+wiki)?", self.wiki):
             raise InputError(f"--wiki {self.wiki}: names look like simplewiki, enwiki or dewiki")
         for name in ("count", "train_per_class", "test_per_class", "min_class_size"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+            if (value := getattr(self, name) or 0) < 0:
+                raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
         return request
 
     @property
@@ -1679,7 +1695,7 @@ def _differences(meta: dict, settings: dict, sources: dict) -> str:
 
 def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
                 write: Callable[[Path, dict], None]) -> DataFolder:
-    """The data folder at `path`: the one that is there, if settings and sources agree, or a new one.
+    """The data folder at `path`: the one there, if settings and sources agree, or a new one.
 
     write(folder, meta) fills a temporary folder, which gets its name when it is complete. Of
     several processes that want the same folder, one makes it. Raises InputError if another folder
@@ -2102,17 +2118,17 @@ def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
 def add_prepare_flags(parser: Parser) -> None:
     """The flags are the fields of Request."""
     add = parser.add_argument
-    add("name", nargs="?", help="the folder, made as data/NAME (with a slash: a path); default vital")
+    add("name", nargs="?", help="of the folder data/NAME (with a slash: a path); default vital")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--articles", nargs="+", default=[], metavar="PATTERN",
-                        help="files: .jsonl, .txt, .xml, each may be .gz or .bz2; patterns in quotes")
+                        help="files: .jsonl, .txt, .xml (also .gz, .bz2); patterns in quotes")
     source.add_argument("--wiki", default="", metavar="NAME",
                         help="random articles of this Wikipedia: simplewiki, enwiki, dewiki, ...")
     add("--count", type=int, default=0, metavar="N", help="articles (default all; a wiki: 20000)")
     add("--task", nargs="+", default=[], choices=tuple(TASKS), metavar="TASK",
         help=f"one or more of {', '.join(TASKS)}")
     add("--labels", nargs="+", default=[], type=Path, metavar="CSV",
-        help="your own task, called NAME: a training file and perhaps a test file; columns label,text")
+        help="your own task, called NAME: a training file, perhaps a test file; label,text")
     add("--tokenizer", type=Path, metavar="FILE",
         help="a trained .model. Without articles: a folder for fine-tuning alone")
     add("--preset", choices=tuple(PREPARE_PRESETS), default="quick",

@@ -215,7 +215,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="the .model file to write (--train) or to use")
-    add("--train", nargs="+", metavar="FILE", help="articles as data.py reads them: .txt, .jsonl, .xml")
+    add("--train", nargs="+", metavar="FILE", help="articles, as data.py reads them")
     add("--vocab-size", type=int, default=8_000, help="pieces (default %(default)s; paper 30522)")
     add("--show", metavar="TEXT", help="print the pieces and ids of a text")
     add("--decode", nargs="+", type=int, metavar="ID", help="print the text of these ids")
