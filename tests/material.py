@@ -63,7 +63,7 @@ def tables_of(task: Task, tokenizer: Tokenizer, max_length: int = 32, device: st
     return TaskTables(task, "memory", "test", train, test, labels, test_labels, task.test)
 
 
-def write_folder(path: Path, articles: Path | None = None, labels: Sequence[Path] = (), **settings) -> Path:
+def prepared_folder(path: Path, articles: Path | None = None, labels: Sequence[Path] = (), **settings) -> Path:
     """A data folder on the disk, of the smoke preset; articles: an article file (None: the embedded default)."""
     request = Request(articles=(str(articles),) if articles else (), labels=tuple(labels), **{"preset": "smoke", **settings})
     return prepare(path, request).path

@@ -16,7 +16,7 @@ import data
 from data import (DeviceTable, InputError, Request, Task, article_files, batch_order, choose_by_overlap, coverage, decode_texts, encode_texts,
                   open_folder, overlap_scores, prepare, pretraining_articles, read_article_file, read_task, read_task_files, read_tasks, sample_task,
                   scramble, select, shared_runs, text_key)
-from material import articles, corpus_of, small_tokenizer, write_articles, write_folder, write_raw_folder, write_task_file, write_vital
+from material import articles, corpus_of, small_tokenizer, write_articles, prepared_folder, write_raw_folder, write_task_file, write_vital
 from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, Tokenizer, train_tokenizer, training_texts
 
 
@@ -283,7 +283,7 @@ def test_batches(like_length: bool) -> None:
 def test_a_folder_holds_what_it_was_made_from(tmp_path: Path) -> None:
     raw = write_raw_folder(tmp_path / "raw")
     source = write_articles(tmp_path / "a.jsonl.gz", 200)
-    place = write_folder(tmp_path / "data/x", source, [write_task_file(tmp_path / "own.csv")], task=("fewrel",), raw_dir=raw)
+    place = prepared_folder(tmp_path / "data/x", source, [write_task_file(tmp_path / "own.csv")], task=("fewrel",), raw_dir=raw)
     folder = open_folder(place)
     assert len(folder.articles) == 190 and len(folder.held_out) == 10 and folder.meta["wikis"] == ["a", "b"] and len(folder.wikis) == 190
     assert {p.name for p in place.iterdir()} == {"tokenizer.model", "tokenizer.vocab", "articles.bin", "articles.npy", "articles.wiki.npy",
@@ -331,7 +331,7 @@ def test_a_folder_without_articles(tmp_path: Path) -> None:
     """A given tokenizer and labels: for fine-tuning an old checkpoint on a new task."""
     (tmp_path / "own.model").write_bytes(small_tokenizer().model)
     labels = write_task_file(tmp_path / "train.csv"), write_task_file(tmp_path / "test.csv", 6, seed=1)
-    folder = open_folder(write_folder(tmp_path / "data/new", None, labels, tokenizer=tmp_path / "own.model"))
+    folder = open_folder(prepared_folder(tmp_path / "data/new", None, labels, tokenizer=tmp_path / "own.model"))
     assert len(folder.articles) == len(folder.held_out) == 0 and folder.tokenizer.hash == small_tokenizer().hash
     assert len(folder.task("new").test) == 18 and len(folder.task("new").train + folder.task("new").dev) == 60
 
@@ -373,7 +373,7 @@ def test_select(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         file.writelines(json.dumps({"text": text}) + "\n" for text in [*texts, *(f"Article {i}: {leak}" for i in range(7))])
     with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as out:
         csv.writer(out).writerows([["label", "text"], ["france", leak.upper()], ["japan", "bridge number 9 crosses japan"], ["brazil", "x brazil"]])
-    write_folder(tmp_path / "data/x", tmp_path / "b.jsonl.gz", [write_task_file(tmp_path / "train.csv"), tmp_path / "test.csv"], vocab_size=200, max_length=64)
+    prepared_folder(tmp_path / "data/x", tmp_path / "b.jsonl.gz", [write_task_file(tmp_path / "train.csv"), tmp_path / "test.csv"], vocab_size=200, max_length=64)
     source = open_folder(tmp_path / "data/x")
     assert source.meta["tasks"]["x"]["test_rows_sharing_runs"] == pytest.approx(1 / 3)
     clean = select(tmp_path / "data/x", tmp_path / "data/clean", clean=True, task="x")

@@ -25,7 +25,7 @@ import finetune as finetuning
 import pretrain as pretraining
 from data import DataFolder, DeviceTable, InputError, Task, encode_texts, load_table, open_folder, read_metadata
 from finetune import Predictor, finetune, run_accuracy, run_probabilities
-from material import write_articles, write_folder, tables_of, corpus_of, articles, small_tokenizer
+from material import write_articles, prepared_folder, tables_of, corpus_of, articles, small_tokenizer
 from pretrain import PRESETS, Hardware, load_checkpoint, load_pretrained, load_tensors, pretrain
 from tokenizer import save_tokenizer
 
@@ -194,7 +194,7 @@ def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: DataFolder, t
     with pytest.raises(InputError, match="logits.npz: cannot be read"):
         run_probabilities(tmp_path)
     write_articles(tmp_path / "a.jsonl.gz", 150)
-    folder = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    folder = prepared_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
     np.save(folder / "articles.npy", np.array([Payload(mark), 1], dtype=object), allow_pickle=True)
     with pytest.raises(InputError, match="was changed"):
         open_folder(folder)
@@ -364,7 +364,7 @@ def snapshot(folder: Path) -> list[str]:
 
 def test_full_disk_while_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_articles(tmp_path / "a.jsonl.gz", 150)
-    place = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    place = prepared_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
     before = {p.name: p.read_bytes() for p in place.iterdir()}
     for room in (0, 10, 3_000):
         with monkeypatch.context() as patch:
@@ -384,7 +384,7 @@ def test_a_kill_leaves_no_half_folder(tmp_path: Path) -> None:
     (tmp_path / "data/.x.tmp/articles.bin").write_bytes(b"half")
     with pytest.raises(InputError, match="no data folder"):
         open_folder(tmp_path / "data/x")
-    place = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    place = prepared_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
     assert {name.partition("/")[0] for name in snapshot(tmp_path / "data")} == {"x"} and len(open_folder(place).articles) == 143
 
 
@@ -401,7 +401,7 @@ def test_two_processes_prepare_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["empty", "cut short", "random bytes", "deep"])
 def test_a_damaged_data_folder_is_named(tmp_path: Path, damage: str) -> None:
     write_articles(tmp_path / "a.jsonl.gz", 150)
-    place = write_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
+    place = prepared_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
     for path in sorted(place.iterdir()):
         valid = path.read_bytes()
         path.write_bytes(DAMAGES[damage](path))

@@ -27,7 +27,7 @@ import pretrain
 from extras import huggingface
 from extras.huggingface import (export_model, from_hugging_face, hugging_face_files, hugging_face_names, import_checkpoint, read_safetensors,
                                 to_hugging_face, write_safetensors)
-from material import articles, write_folder as write_data_folder, write_task_file
+from material import articles, prepared_folder, write_task_file
 from model import Attention, BertConfig, Classifier, ConvStem, MaskedLM
 from test_golden import GOLDEN, SHOWN, golden_batch, golden_model
 from tokenizer import SPECIALS, InputError, Tokenizer, run_script, train_tokenizer
@@ -516,7 +516,7 @@ def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path, monkey
     with pytest.raises(InputError, match="head"):
         pretrain.load_masked_lm(imported[1])
     labels = [write_task_file(tmp_path / "train.csv", 12)]
-    folder = write_data_folder(tmp_path / "data/own", labels=labels, tokenizer=tmp_path / "my.model")
+    folder = prepared_folder(tmp_path / "data/own", labels=labels, tokenizer=tmp_path / "my.model")
     call(monkeypatch, finetune, "--checkpoint", *imported, "--preset", "smoke", "--device", "cpu", "--dtype", "fp32", "--runs-dir", runs_dir,
          "--no-scratch", "--data", folder)
     assert len(list((runs_dir / "finetune").glob("*-own-*/results.json"))) == 1

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from material import COUNT, record_reliability, write_articles, write_folder, write_task_file
+from material import COUNT, record_reliability, write_articles, prepared_folder, write_task_file
 
 TESTS = Path(__file__).resolve().parent
 fcntl = pytest.importorskip("fcntl")  # Unix
@@ -30,7 +30,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_articles(folder / "wiki.jsonl.gz", 150)
     write_task_file(folder / "train.csv", 20)
     write_task_file(folder / "test.csv", 10, seed=1)
-    write_folder(folder / "data", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
+    prepared_folder(folder / "data", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
     return folder
 
 

@@ -16,7 +16,7 @@ import torch
 
 import pretrain as pretraining
 from data import InputError
-from material import small_tokenizer, write_articles, write_folder
+from material import small_tokenizer, write_articles, prepared_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available() or not shutil.which("ps"), reason="needs gloo, ps and a signal")
@@ -40,7 +40,7 @@ def losses(folder: Path) -> list[float]:
 def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, of which one alone is told to stop; three go on, one of them with no text of four to do. The steps, in parts on the
     ranks, are those of a single process: the same losses, the same weights."""
-    articles = write_folder(tmp_path / "data é", write_articles(tmp_path / "wiki é.jsonl.gz", 150))
+    articles = prepared_folder(tmp_path / "data é", write_articles(tmp_path / "wiki é.jsonl.gz", 150))
 
     def arguments(runs: str) -> list[str]:
         return [*smoke(articles, tmp_path / runs), "--set", "batch_size=4", "steps=240", "micro_batch=1", "head_sample=60"]
@@ -74,7 +74,7 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.skipif(not pretraining.can_compile(True), reason="no C++ compiler")
 def test_compiled_ranks_equal_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    articles = write_folder(tmp_path / "data", write_articles(tmp_path / "wiki.jsonl.gz", 150))
+    articles = prepared_folder(tmp_path / "data", write_articles(tmp_path / "wiki.jsonl.gz", 150))
     process = torchrun(2, [*smoke(articles, tmp_path / "ranks"), "--set", "batch_size=4", "steps=6", "--compile"])
     out, err = process.communicate(timeout=200)
     assert process.returncode == 0 and "2 ranks" in out, err

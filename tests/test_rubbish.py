@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import data
 from data import (InputError, encode_texts, iterate_pages, load_table, open_folder, opening_text, read_article_file, read_dump,
                   read_metadata, read_task, read_task_files, sample_task, vital_extracts)
-from material import COUNT, articles, record_reliability, small_tokenizer, write_folder, write_raw_folder, write_task_file
+from material import COUNT, articles, record_reliability, small_tokenizer, prepared_folder, write_raw_folder, write_task_file
 from pretrain import read_json
 from tokenizer import Tokenizer, run_script
 
@@ -42,7 +42,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "a.txt").write_text("\n\n".join(a["text"] for a in texts), encoding="utf-8")
     (folder / "a.xml").write_bytes(PAGE)
     (folder / "own.model").write_bytes(small_tokenizer().model)
-    write_folder(folder / "table", folder / "a.jsonl", [folder / "own.csv"], vocab_size=150)
+    prepared_folder(folder / "table", folder / "a.jsonl", [folder / "own.csv"], vocab_size=150)
     (folder / "record.json").write_text(json.dumps({"kind": "pretrain", "seed": 1}), encoding="utf-8")
     return folder
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from finetune import Predictor
-from material import articles, write_articles, write_folder, write_raw_folder, write_task_file
+from material import articles, write_articles, prepared_folder, write_raw_folder, write_task_file
 from pretrain import choose_hardware
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +41,8 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_raw_folder(folder / "raw")
     write_task_file(folder / "train.csv", 20)
     write_task_file(folder / "test.csv", 10, seed=1)
-    write_folder(folder / "data/own", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
-    write_folder(folder / "data/tasks", folder / "wiki.jsonl.gz", task=("fewrel", "dbpedia"), raw_dir=folder / "raw", test_per_class=4)
+    prepared_folder(folder / "data/own", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
+    prepared_folder(folder / "data/tasks", folder / "wiki.jsonl.gz", task=("fewrel", "dbpedia"), raw_dir=folder / "raw", test_per_class=4)
     return folder
 
 
@@ -126,7 +126,7 @@ def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
                 for head, ends in (("france", ("[# france #]", "[@ japan @]")), ("japan", ("[@ france @]", "[# japan #]")))
                 for a, b in (ends, ends[::-1])]
         (material / f"head-{part}.csv").write_text("".join(["label,text\n", *rows]), encoding="utf-8")
-    write_folder(material / "data/head", material / "wiki.jsonl.gz", [material / "head-train.csv", material / "head-test.csv"])
+    prepared_folder(material / "data/head", material / "wiki.jsonl.gz", [material / "head-train.csv", material / "head-test.csv"])
     out = run("finetune.py", *sources(material, "head"), "--model", "bert-1", "--set", "epochs=15", "pooling=entities", "per_class=100")
     assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 95
     (folder,) = (material / "runs/finetune").glob("head-scratch-*")
@@ -136,7 +136,7 @@ def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
         assert f"not both are in '{text}'" in run("finetune.py", "--predict", text, folder, status=2)
     more = ["--task", "fewrel", "--deep", "none", "--members", "2", "--finetune-set", "pooling=entities"]
     assert "task fewrel: pooling entities" in run("committee.py", *sources(material, "tasks"), *more, status=2)
-    write_folder(material / "data/marked", material / "wiki.jsonl.gz", task=("fewrel",), raw_dir=material / "raw", entity_markers=True)
+    prepared_folder(material / "data/marked", material / "wiki.jsonl.gz", task=("fewrel",), raw_dir=material / "raw", entity_markers=True)
     assert "committee of 2 bert-1" in run("committee.py", *sources(material, "marked"), *more)
 
 
@@ -252,14 +252,14 @@ def test_the_deep_model_has_its_own_time(material: Path) -> None:
 def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_path: Path) -> None:
     """finetune.py reads the checkpoint's folder; another one needs the same tokenizer; one made anew with other text is refused."""
     place = tmp_path / "data/x"
-    write_folder(place, material / "wiki.jsonl.gz", [material / "train.csv"])
+    prepared_folder(place, material / "wiki.jsonl.gz", [material / "train.csv"])
     runs = ["--preset", "smoke", "--runs-dir", tmp_path / "runs"]
     run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2")
     checkpoint = tmp_path / "runs/pretrain/first"
     assert "x bert-1" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--no-scratch")
-    foreign = write_folder(tmp_path / "data/foreign", material / "wiki.jsonl.gz", [material / "train.csv"], vocab_size=200)
+    foreign = prepared_folder(tmp_path / "data/foreign", material / "wiki.jsonl.gz", [material / "train.csv"], vocab_size=200)
     assert "its tokenizer is not that of" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", foreign, status=2)
-    write_folder(tmp_path / "data/labels", labels=[material / "test.csv"], tokenizer=checkpoint / "tokenizer.model")
+    prepared_folder(tmp_path / "data/labels", labels=[material / "test.csv"], tokenizer=checkpoint / "tokenizer.model")
     out = run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", tmp_path / "data/labels", "--no-scratch")
     assert "labels bert-1" in out and "may hold test texts" in out
     assert "holds 0 articles" in run("pretrain.py", *runs, "--data", tmp_path / "data/labels", status=2)
