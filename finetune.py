@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import (UNKNOWN_TEXT, DataFolder, DeviceTable, InputError, Rows, Task, encode_texts, largest_share, padded_length, rows_a_class,
+from data import (UNKNOWN_TEXT, DataFolder, DeviceTable, InputError, Rows, Task, TokenTable, encode_texts, largest_share, rows_a_class,
                   run_script, text_lines, to_device, unknown_share, write_atomically)
 from model import MODELS, BertConfig, Classifier, named_config
 from pretrain import (LENGTH, PRESETS as PRETRAIN_PRESETS, SHAPE, Batches, Hardware, Optimisation, Run, add_run_flags, can_compile,
@@ -336,19 +336,22 @@ class Predictor:
         self.model = committee or hardware.for_inference(load_classifier(folder))
         self.votes = committee is not None  # what it returns are probabilities already
 
-    @torch.no_grad()
-    def __call__(self, texts: Sequence[str], batch_size: int = 64) -> list[dict[str, float]]:
+    def __call__(self, texts: Sequence[str]) -> list[dict[str, float]]:
         """Class name -> probability, likeliest first, for every text."""
+        return self.classify(self.encode(texts))
+
+    def encode(self, texts: Sequence[str]) -> TokenTable:
         check_entities(self.pooling, texts, "a text to classify")
-        ids = self.tokenizer.encode(texts, self.max_length)
+        return encode_texts(texts, self.tokenizer, self.max_length)
+
+    @torch.no_grad()
+    def classify(self, table: TokenTable, batch_size: int = 64) -> list[dict[str, float]]:
+        texts = DeviceTable(table, self.hardware.device)
         result = []
-        for start in range(0, len(ids), batch_size):
-            part = ids[start : start + batch_size]
-            input_ids = torch.zeros(len(part), padded_length(max(map(len, part)), self.max_length), dtype=torch.long)
-            for row, text in zip(input_ids, part):
-                row[: len(text)] = torch.from_numpy(text.astype(np.int64))
+        for start in range(0, len(table), batch_size):
+            input_ids = texts.batch(np.arange(start, min(start + batch_size, len(table))))
             with self.hardware.autocast():
-                output = self.model(input_ids.to(self.hardware.device)).float()
+                output = self.model(input_ids).float()
             probabilities = (output if self.votes else output.softmax(-1)).cpu()
             result += [dict(sorted(zip(self.classes, row.tolist()), key=lambda pair: -pair[1])) for row in probabilities]
         return result
@@ -366,9 +369,9 @@ def answer(text: str, predictor: Predictor) -> None:
     warned = False
     for line in text_lines(sys.stdin.buffer, "standard input") if text == "-" else [text]:
         line = line.rstrip("\n")
-        (probabilities,) = predictor([line])
+        table = predictor.encode([line])
+        (probabilities,) = predictor.classify(table)
         best = {name: round(p, 4) for name, p in list(probabilities.items())[:5]}
-        table = encode_texts([line], predictor.tokenizer, predictor.max_length)
         unknown, cut_off = unknown_share(table.tokens, predictor.tokenizer), bool(table.cut_off)
         record = {"text": line, "label": next(iter(best)), "probabilities": best, "unknown": round(unknown, 4), "cut_off": cut_off}
         print(json.dumps(record, ensure_ascii=False), flush=True)

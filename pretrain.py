@@ -53,7 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import (DataFolder, DeviceTable, InputError, Request, TokenTable, batch_order, data_path, default_name, file_lock,
-                  full_disk_named, open_folder, prepare, run_script, write_atomically)
+                  full_disk_named, open_folder, prepare, run_script, setting_differences, write_atomically)
 from model import MODELS, POOLINGS, Attention, BertConfig, MaskedLM, attention_weights, count_parameters, named_config
 from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer
 
@@ -445,18 +445,6 @@ def logged_step(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError):
         return -1
-
-
-def setting_differences(before: dict, now: dict, where: str = "") -> list[str]:
-    """What differs between two runs' settings, one entry each: "recipe.lr 0.001 there, 0.01 now"."""
-    found: list[str] = []
-    for key in sorted({**before, **now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += setting_differences(old, new, f"{where}{key}.")
-        elif old != new:
-            found.append(f"{where}{key} {str(old)[:40]} there, {str(new)[:40]} now")
-    return found
 
 
 def save_tensors(path: Path, state: object) -> None:
