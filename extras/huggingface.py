@@ -3,7 +3,7 @@
 Imports the six scripts; none of them imports this file. Neither command needs transformers: the formats are written out below.
 
     python -m extras.huggingface export runs/pretrain/RUN my-bert        # then AutoModelForMaskedLM.from_pretrained("my-bert")
-    python -m extras.huggingface export runs/finetune/RUN my-classifier  # AutoModelForSequenceClassification, pipelines; --pooling cls only
+    python -m extras.huggingface export runs/finetune/RUN my-classifier  # AutoModelForSequenceClassification, pipelines; pooling=cls only
     python -m extras.huggingface import my-bert NAME                     # and back: a pre-training run runs/pretrain/NAME
 """
 
@@ -26,8 +26,9 @@ from torch import Tensor
 
 from data import write_atomically
 from finetune import load_classifier
-from model import BertConfig, Classifier, MaskedLM
-from pretrain import Run, load_masked_lm, load_settings, read_json, save_tensors, tokenizer_of, weights_hash, write_json
+from model import INIT_STD, BertConfig, Classifier, MaskedLM
+from pretrain import (Run, choose_runtime, load_masked_lm, load_settings, read_json, save_tensors, tokenizer_of, weights_hash,
+                      write_json)
 from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, run_script
 
 # -------------------------------------------------------------------------------------------- names of the tensors
@@ -57,10 +58,9 @@ def hugging_face_names(model: MaskedLM | Classifier) -> dict[str, list[str]]:
 def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -> tuple[dict, dict[str, Tensor]]:
     """(config.json, tensors by their names). classes: a classifier's. Raises ValueError for what cannot be said there."""
     c, pre, classifier = model.config, model.config.norm == "pre", isinstance(model, Classifier)
-    if what := ("a convolutional stem" if c.conv_kernels else "--short-conv" if c.short_conv else
-                f"{c.pooling} pooling" if classifier and c.pooling != "cls" else ""):
+    if what := ("a convolutional stem" if c.conv_kernels else f"{c.pooling} pooling" if classifier and c.pooling != "cls" else ""):
         raise ValueError(f"{what} has no counterpart in Hugging Face's BERT: only models without convolutions, and classifiers with "
-                         "--pooling cls, can be exported")
+                         "pooling=cls, can be exported")
     tensors = {TYPE_TABLE: torch.zeros(1, c.width)}  # for the one segment; what it adds is in our position table
     for name, theirs in hugging_face_names(model).items():
         tensors |= zip(theirs, model.state_dict()[name].cpu().chunk(len(theirs)))
@@ -69,8 +69,8 @@ def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -
     return {"architectures": [architecture], "model_type": "megatron-bert" if pre else "bert", "dtype": "float32",
             "vocab_size": c.vocab_size, "hidden_size": c.width, "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
             "intermediate_size": 4 * c.width, "hidden_act": "gelu", "hidden_dropout_prob": c.dropout,
-            "attention_probs_dropout_prob": c.attention_dropout, "max_position_embeddings": c.max_length, "type_vocab_size": 1,
-            "initializer_range": c.init_std, "layer_norm_eps": c.norm_eps, "pad_token_id": PAD, "tie_word_embeddings": True,
+            "attention_probs_dropout_prob": c.dropout, "max_position_embeddings": c.max_length, "type_vocab_size": 1,
+            "initializer_range": INIT_STD, "layer_norm_eps": c.norm_eps, "pad_token_id": PAD, "tie_word_embeddings": True,
             **(labels if classifier else {})}, tensors
 
 
@@ -99,9 +99,8 @@ def config_from_hugging_face(settings: dict) -> BertConfig:
     return BertConfig(
         vocab_size=settings["vocab_size"], layers=settings["num_hidden_layers"], width=width,
         heads=settings["num_attention_heads"], max_length=settings["max_position_embeddings"],
-        dropout=settings.get("hidden_dropout_prob", 0.1), attention_dropout=settings.get("attention_probs_dropout_prob", 0.1),
-        norm="post" if kind == "bert" else "pre", norm_eps=settings.get("layer_norm_eps", 1e-12),
-        init_std=settings.get("initializer_range", 0.02))
+        dropout=settings.get("hidden_dropout_prob", 0.1),
+        norm="post" if kind == "bert" else "pre", norm_eps=settings.get("layer_norm_eps", 1e-12))
 
 
 def weights_from_hugging_face(config: BertConfig, found: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -306,7 +305,7 @@ def import_checkpoint(folder: Path, name: str, tokenizer_file: Path | None, runs
     settings = {"kind": "pretrain", "model": f"hf-{folder.resolve().name}", "config": dataclasses.asdict(config), "seed": 0,
                 "tokenizer": tokenizer.hash, "weights": weights_hash(weights)}
     run_folder = runs_dir / "pretrain" / name
-    with Run(run_folder, settings, tokenizer):
+    with Run(run_folder, settings, tokenizer, choose_runtime("cpu")):
         if not (run_folder / "last.pt").exists():
             save_tensors(run_folder / "last.pt", {"step": 0, "model": weights, "optimizers": []})
     return run_folder

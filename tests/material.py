@@ -20,6 +20,7 @@ import torch
 
 from data import VITAL_WHEEL, DataFolder, DeviceTable, Request, Task, encode_texts, prepare
 from finetune import TaskTables
+from pretrain import PretrainRecipe, Runtime, pretrain
 from tokenizer import Tokenizer, train_tokenizer
 
 SUBJECTS = "river city king painter engine protein village singer empire bridge museum planet forest battle school".split()
@@ -55,12 +56,24 @@ def corpus_of(texts: Sequence[str], held_out: Sequence[str], tokenizer: Tokenize
     return DataFolder(Path("data/memory"), meta, tokenizer, table, held, np.zeros(len(table), np.uint8))
 
 
-def tables_of(task: Task, tokenizer: Tokenizer, max_length: int = 32, device: str = "cpu") -> TaskTables:
+def tables_of(task: Task, data: DataFolder, device: str = "cpu") -> TaskTables:
     """The tables of a task that lies in no folder."""
     place = torch.device(device)
-    train, test = (DeviceTable(encode_texts([text for text, _ in rows], tokenizer, max_length), place) for rows in (task.train, task.test))
-    labels, test_labels = (torch.tensor([label for _, label in rows], device=place) for rows in (task.train, task.test))
-    return TaskTables(task, "memory", "test", train, test, labels, test_labels, task.test)
+    parts: list = []
+    for rows in (task.train, task.test):
+        table = encode_texts([text for text, _ in rows], data.tokenizer, data.max_length)
+        parts += [DeviceTable(table, place), torch.tensor([label for _, label in rows], device=place)]
+    return TaskTables(data, task, "test", 0, task.test, *parts)
+
+
+def on_cpu(runs_dir: Path = Path("runs"), dtype: torch.dtype = torch.float32, fresh: bool = False) -> Runtime:
+    return Runtime(torch.device("cpu"), dtype, "test", runs_dir, fresh)
+
+
+def pretrain_run(model: str, recipe: PretrainRecipe, data: DataFolder, seed: int, runs_dir: Path, name: str = "",
+                 fresh: bool = False) -> Path:
+    """pretrain.pretrain on the CPU, in fp32."""
+    return pretrain(data, model, recipe, seed, on_cpu(runs_dir, fresh=fresh), name=name)
 
 
 def prepared_folder(path: Path, articles: Path | None = None, labels: Sequence[Path] = (), **settings) -> Path:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import DeviceTable, InputError, TokenTable, run_script  # noqa: E402
-from pretrain import Hardware, choose_hardware, data_of, held_out_loss, load_settings, read_json, result_record, write_json  # noqa: E402
+from pretrain import Runtime, choose_runtime, data_of, held_out_loss, load_settings, read_json, result_record, write_json  # noqa: E402
 from tokenizer import CLS, MASK, PAD, SEP  # noqa: E402
 
 
@@ -78,7 +78,7 @@ def build(reference: Reference, classes: int = 0) -> BertForMaskedLM | BertForSe
     model = BertForSequenceClassification(config) if classes else BertForMaskedLM(config)
     if reference.conv_kernels:
         if not reference.fault_stem:
-            raise InputError("the reference has the authors' stem alone: pre-train ours with --fault-stem to compare")
+            raise InputError("the reference has only the authors' stem, through which padding leaks: use fault_stem")
         model.bert.encoder.layer[0] = Stem(reference.conv_channels, reference.conv_kernels)
     return model
 
@@ -161,8 +161,8 @@ def evaluate(model: BertForMaskedLM, table: TokenTable, vocab_size: int) -> dict
     def at_positions(ids: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, attention_mask=(ids != PAD).long()).logits.flatten(0, 1)[positions]
 
-    hardware = Hardware(torch.device("cpu"), torch.float32, "reference")
-    return held_out_loss(at_positions, DeviceTable(table, hardware.device), vocab_size, hardware)
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    return held_out_loss(at_positions, DeviceTable(table, runtime.device), vocab_size, runtime)
 
 
 def main() -> None:
@@ -182,14 +182,14 @@ def main() -> None:
             layers=config["layers"], width=config["width"], heads=config["heads"], vocab_size=config["vocab_size"],
             conv_channels=config["conv_channels"], conv_kernels=tuple(config["conv_kernels"]), epochs=recipe["epochs"],
             batch_size=recipe["batch_size"], lr=recipe["lr"], weight_decay=recipe["weight_decay"], max_length=config["max_length"],
-            dropout=recipe["dropout"], **{k: recipe[k] for k in recipe if k.startswith("fault_")})
+            dropout=recipe["dropout"])
         ours.append(read_json(run / "results.json")["held_out_loss"])
         theirs.append(evaluate(train(reference, train_table, settings["seed"]), held_out, reference.vocab_size)["held_out_loss"])
         print(f"seed {settings['seed']}: ours {ours[-1]:.4f}, reference {theirs[-1]:.4f} nats", flush=True)
     print(f"mean of {len(ours)}: ours {np.mean(ours):.4f}, reference {np.mean(theirs):.4f}; difference {np.mean(ours) - np.mean(theirs):+.4f}")
     if args.out:
-        write_json(args.out, result_record({"recipe": recipe, "config": config}, time.perf_counter() - started, tasks={}, latency_ms={},
-                                           hardware=choose_hardware().reason, held_out_loss={"ours": ours, "reference": theirs},
+        write_json(args.out, result_record({"recipe": recipe, "config": config}, seconds=round(time.perf_counter() - started), hardware=choose_runtime().reason,
+                                            held_out_loss={"ours": ours, "reference": theirs},
                                            unigram_loss=read_json(args.runs[0] / "results.json")["unigram_loss"]))
 
 

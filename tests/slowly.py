@@ -8,7 +8,6 @@ Everything stands at the module's level, because committee.py's further processe
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
@@ -55,17 +54,17 @@ def remember_optimizers(*arguments) -> list[torch.optim.Optimizer]:
     return list(optimizers)
 
 
-def save_optimizers_too(run: pretrain.Run, step: int, model: torch.nn.Module, unfinished: list, **more) -> None:
+def save_optimizers_too(run: pretrain.Run, state: pretrain.TrainingState, model: torch.nn.Module, unfinished: list) -> None:
     if not unfinished and any(o.state for o in optimizers):  # the end; no state: this process found nothing left to train
         with data.write_atomically(run.folder / "optimizers.pt") as file:
             torch.save([o.state_dict() for o in optimizers], file)
-    save(run, step, model, unfinished, **more)
+    save(run, state, model, unfinished)
 
 
 pretrain.write_atomically = write_slowly
 pretrain.make_optimizers = remember_optimizers
 pretrain.Run.save = save_optimizers_too
-pretrain.train = finetune.train = functools.partial(pretrain.train, save_every=0.0)
+pretrain.SAVE_SECONDS = -1.0
 
 if __name__ == "__main__":
     script = sys.argv.pop(1)

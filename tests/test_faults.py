@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +23,11 @@ import data
 import finetune as finetuning
 import pretrain as pretraining
 from data import DataFolder, DeviceTable, InputError, Task, encode_texts, load_table, open_folder, read_metadata
-from finetune import Predictor, finetune, run_accuracy, run_probabilities
-from material import write_articles, prepared_folder, tables_of, corpus_of, articles, small_tokenizer
-from pretrain import PRESETS, Hardware, load_checkpoint, load_pretrained, load_tensors, pretrain
+from finetune import Predictor, finetune, load_logits, start_of
+from material import articles, corpus_of, on_cpu, prepared_folder, pretrain_run, small_tokenizer, tables_of, write_articles
+from pretrain import PRESETS, load_checkpoint, read_json
 from tokenizer import save_tokenizer
 
-CPU = Hardware(torch.device("cpu"), torch.float32, "test")
 RECIPE = dataclasses.replace(PRESETS["smoke"], steps=8)
 TASK = Task("two", ["a", "b"], [("river city", 0), ("king painter", 1)] * 8, [], [("a city", 0), ("the king", 1)])
 
@@ -46,8 +44,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def save_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = pretraining.train
-    monkeypatch.setattr(pretraining, "train", lambda *args, **more: original(*args, **more, save_every=0.0))
+    monkeypatch.setattr(pretraining, "SAVE_SECONDS", -1.0)
 
 
 # ---- a full disk ----
@@ -86,16 +83,16 @@ class SmallDiskFile:
 
 def test_full_disk_in_a_checkpoint(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint before stays, nothing half-written stays, and with room again the run ends as if nothing had been."""
-    straight = pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "straight", CPU)
+    straight = pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path / "straight")
     save_after_every_step(monkeypatch)
     disk = SmallDisk(3e6)  # a checkpoint has about 0.9 MB
     monkeypatch.setattr(data, "open", disk, raising=False)
     with pytest.raises(InputError, match=r"no space left on the disk while writing .*last\.pt \(.*\)\. Free some"):
-        pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "full", CPU)
+        pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path / "full")
     folder = tmp_path / "full" / "pretrain" / straight.name
     assert 1 <= load_checkpoint(folder)["step"] < 8 and not list(folder.glob("*.tmp"))
     disk.room = float("inf")
-    pretrain("bert-1", RECIPE, corpus, 0, tmp_path / "full", CPU)
+    pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path / "full")
     a, b = (load_checkpoint(f)["model"] for f in (straight, folder))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -106,11 +103,11 @@ def test_full_disk_in_a_line_of_the_log(corpus: DataFolder, tmp_path: Path, monk
     disk = SmallDisk(500)
     monkeypatch.setattr(pretraining, "open", disk, raising=False)
     with pytest.raises(InputError, match=r"no space left on the disk while writing .*log\.jsonl"):
-        pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+        pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path, name="run")
     log, step = tmp_path / "pretrain/run/log.jsonl", load_checkpoint(tmp_path / "pretrain/run")["step"]
     assert not log.read_text(encoding="utf-8").endswith("\n") and step >= 1
     disk.room = float("inf")
-    pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path, name="run")
     steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines() if "loss" in json.loads(line)]
     assert steps == [*range(1, 9)]
 
@@ -118,18 +115,18 @@ def test_full_disk_in_a_line_of_the_log(corpus: DataFolder, tmp_path: Path, monk
 def test_a_signal_while_the_last_checkpoint_is_written(tmp_path: Path, corpus: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     original = pretraining.Run.save
 
-    def save(run: pretraining.Run, step: int, model: torch.nn.Module, optimizers: list, **more: Any) -> None:
+    def save(run: pretraining.Run, state: object, model: torch.nn.Module, optimizers: list) -> None:
         if not optimizers:
             signal.raise_signal(signal.SIGINT)
-        original(run, step, model, optimizers, **more)
+        original(run, state, model, optimizers)
 
     with monkeypatch.context() as patch:
         patch.setattr(pretraining.Run, "save", save)
         with pytest.raises(SystemExit) as ended:
-            pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+            pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path, name="run")
     assert ended.value.code == 130 and load_checkpoint(tmp_path / "pretrain/run")["step"] == RECIPE.steps
     stamp = (tmp_path / "pretrain/run/log.jsonl").read_text(encoding="utf-8")
-    pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path, name="run")
     assert (tmp_path / "pretrain/run/results.json").exists()
     assert (tmp_path / "pretrain/run/log.jsonl").read_text(encoding="utf-8") == stamp, "it was trained again"
 
@@ -170,13 +167,12 @@ class Payload:
 def runs(corpus: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A pre-training run and a fine-tuning run."""
     folder = tmp_path_factory.mktemp("runs é")
-    pretrained = pretrain("bert-1", RECIPE, corpus, 0, folder, CPU)
+    pretrained = pretrain_run("bert-1", RECIPE, corpus, 0, folder)
     return pretrained, tune(pretrained, corpus, folder)
 
 
 def tune(pretrained: Path, corpus: DataFolder, folder: Path) -> Path:
-    tables = tables_of(TASK, corpus.tokenizer)
-    return finetune(pretrained, load_pretrained(pretrained)[0], corpus.tokenizer, tables, finetuning.PRESETS["smoke"], 0, folder, CPU)
+    return finetune(tables_of(TASK, corpus), start_of(pretrained), finetuning.PRESETS["smoke"], 0, on_cpu(folder))
 
 
 def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: DataFolder, tmp_path: Path) -> None:
@@ -184,15 +180,15 @@ def test_a_pickle_is_not_executed(runs: tuple[Path, Path], corpus: DataFolder, t
     pickle.loads(pickle.dumps(Payload(mark)))
     assert mark.exists(), "the payload is harmless, the test proves nothing"
     mark.unlink()
-    for name, write in {"plain.pt": lambda path: path.write_bytes(pickle.dumps(Payload(mark))),
-                        "torch.pt": lambda path: torch.save({"step": 1, "model": Payload(mark), "optimizers": []}, path),
-                        "old.pt": lambda path: torch.save({"step": 1, "model": Payload(mark)}, path, _use_new_zipfile_serialization=False)}.items():
-        write(tmp_path / name)
-        with pytest.raises(InputError, match=f"{name}: damaged .*delete it"):
-            load_tensors(tmp_path / name)
+    for write in (lambda path: path.write_bytes(pickle.dumps(Payload(mark))),
+                  lambda path: torch.save({"step": 1, "model": Payload(mark), "optimizers": []}, path),
+                  lambda path: torch.save({"step": 1, "model": Payload(mark)}, path, _use_new_zipfile_serialization=False)):
+        write(tmp_path / "last.pt")
+        with pytest.raises(InputError, match="last.pt: cannot be read .*delete it"):
+            load_checkpoint(tmp_path)
     np.savez(tmp_path / "logits.npz", logits=np.array([Payload(mark)], dtype=object), labels=np.zeros(1))
     with pytest.raises(InputError, match="logits.npz: cannot be read"):
-        run_probabilities(tmp_path)
+        load_logits(tmp_path)
     write_articles(tmp_path / "a.jsonl.gz", 150)
     folder = prepared_folder(tmp_path / "data/x", tmp_path / "a.jsonl.gz")
     np.save(folder / "articles.npy", np.array([Payload(mark), 1], dtype=object), allow_pickle=True)
@@ -227,9 +223,9 @@ DAMAGES: dict[str, Callable[[Path], bytes]] = {
 def test_damaged_files_of_a_run_are_named(runs: tuple[Path, Path], corpus: DataFolder, name: str, damage: str) -> None:
     """Whatever uses the file says which it is, and what to do; none of it is a traceback."""
     pretrained, tuned = runs
-    uses = {"config.json": [lambda: Predictor(tuned, CPU), lambda: tune(pretrained, corpus, tuned.parent.parent)],
-            "results.json": [lambda: run_accuracy(tuned)], "last.pt": [lambda: Predictor(tuned, CPU)],
-            "tokenizer.model": [lambda: Predictor(tuned, CPU)], "logits.npz": [lambda: run_probabilities(tuned)]}[name]
+    uses = {"config.json": [lambda: Predictor([tuned], on_cpu()), lambda: tune(pretrained, corpus, tuned.parent.parent)],
+            "results.json": [lambda: read_json(tuned / "results.json", "accuracy")], "last.pt": [lambda: Predictor([tuned], on_cpu())],
+            "tokenizer.model": [lambda: Predictor([tuned], on_cpu())], "logits.npz": [lambda: load_logits(tuned)]}[name]
     path = tuned / name
     valid = path.read_bytes()
     try:
@@ -240,7 +236,7 @@ def test_damaged_files_of_a_run_are_named(runs: tuple[Path, Path], corpus: DataF
             assert str(tuned) in str(error.value)
     finally:
         path.write_bytes(valid)
-    Predictor(tuned, CPU)
+    Predictor([tuned], on_cpu())
 
 
 def test_an_unfinished_classifier_is_not_used(runs: tuple[Path, Path]) -> None:
@@ -249,7 +245,7 @@ def test_an_unfinished_classifier_is_not_used(runs: tuple[Path, Path]) -> None:
     results.unlink()
     try:
         with pytest.raises(InputError, match="has not ended"):
-            Predictor(runs[1], CPU)
+            Predictor([runs[1]], on_cpu())
     finally:
         results.write_bytes(valid)
 
@@ -262,7 +258,7 @@ def test_a_damaged_checkpoint_does_not_resume(runs: tuple[Path, Path], corpus: D
         (pretrained / "last.pt").write_bytes(DAMAGES[damage](pretrained / "last.pt"))
         (pretrained / "results.json").unlink()
         with pytest.raises(InputError, match=r"last\.pt: .*[Dd]elete"):
-            pretrain("bert-1", RECIPE, corpus, 0, pretrained.parent.parent, CPU)
+            pretrain_run("bert-1", RECIPE, corpus, 0, pretrained.parent.parent)
     finally:
         (pretrained / "last.pt").write_bytes(valid)
         (pretrained / "results.json").write_bytes(results)
@@ -272,11 +268,11 @@ def test_a_damaged_log_is_cut_not_a_traceback(runs: tuple[Path, Path], corpus: D
     save_after_every_step(monkeypatch)
     monkeypatch.setattr(data, "open", SmallDisk(3e6), raising=False)
     with pytest.raises(InputError):
-        pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+        pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path, name="run")
     monkeypatch.undo()
     log = tmp_path / "pretrain/run/log.jsonl"
     log.write_bytes(log.read_bytes() + b'\xff\0{"step": 1}}\n{"loss": 1}\n[1]\n{"step": 99, "loss": 1}\n{"step": 1, "lo')
-    pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU, name="run")
+    pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path, name="run")
     steps = [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines() if "loss" in json.loads(line)]
     assert steps == [*range(1, 9)]
 
@@ -288,8 +284,8 @@ def test_weights_that_are_not_finite_are_never_saved(corpus: DataFolder, tmp_pat
     """After the first step the loss is still finite and the weights are not; nothing of that reaches the disk, not even at the end."""
     save_after_every_step(monkeypatch)
     recipe = dataclasses.replace(RECIPE, steps=steps, lr=1e39, warmup=0.0, clip=0.0)
-    with pytest.raises(InputError, match="lower --lr, or use --dtype fp32"):
-        pretrain("bert-1", recipe, corpus, 0, tmp_path, CPU, name="run")
+    with pytest.raises(InputError, match="smaller lr .*or --dtype fp32"):
+        pretrain_run("bert-1", recipe, corpus, 0, tmp_path, name="run")
     assert not (tmp_path / "pretrain/run/last.pt").exists() and not (tmp_path / "pretrain/run/results.json").exists()
 
 
@@ -303,8 +299,8 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(corpus: DataFo
         return original(*args, **more) * (float("nan") if calls["n"] == 6 else 1.0)
 
     monkeypatch.setattr(pretraining.F, "cross_entropy", sometimes_nan)
-    with pytest.raises(InputError, match="the loss is nan at step 6.*lower --lr, or use --dtype fp32.*last good checkpoint is kept"):
-        pretrain("bert-1", dataclasses.replace(RECIPE, steps=200), corpus, 0, tmp_path, CPU, name="run")
+    with pytest.raises(InputError, match="the loss is nan at step 6.*smaller lr .*or --dtype fp32.*last good checkpoint is kept"):
+        pretrain_run("bert-1", dataclasses.replace(RECIPE, steps=200), corpus, 0, tmp_path, name="run")
     state = load_checkpoint(tmp_path / "pretrain/run")
     assert state["step"] == 5 and all(t.isfinite().all() for t in state["model"].values())
 
@@ -322,8 +318,8 @@ def test_out_of_memory_names_the_flag_to_lower(corpus: DataFolder, tmp_path: Pat
         return original(*args, **more)
 
     monkeypatch.setattr(pretraining, "mask_tokens", exhausted)
-    with pytest.raises(InputError, match="out of memory; lower --micro-batch"):
-        pretrain("bert-1", dataclasses.replace(RECIPE, steps=200), corpus, 0, tmp_path, CPU, name="run")
+    with pytest.raises(InputError, match="out of memory. Use a smaller batch_size"):
+        pretrain_run("bert-1", dataclasses.replace(RECIPE, steps=200), corpus, 0, tmp_path, name="run")
     assert load_checkpoint(tmp_path / "pretrain/run")["step"] == 3
 
 
@@ -333,16 +329,17 @@ def test_other_errors_are_not_called_short_memory(corpus: DataFolder, tmp_path: 
 
     monkeypatch.setattr(pretraining, "mask_tokens", broken)
     with pytest.raises(RuntimeError, match="a bug"):
-        pretrain("bert-1", RECIPE, corpus, 0, tmp_path, CPU)
+        pretrain_run("bert-1", RECIPE, corpus, 0, tmp_path)
 
 
 def test_no_row_of_attention_is_fully_masked(runs: tuple[Path, Path], corpus: DataFolder, tmp_path: Path) -> None:
     """Every text begins with [CLS], the emptiest included, so there is always a token to attend to, and probabilities are finite."""
     texts = ["", " ", "\u2603", "\0", "\ud800", "word " * 100]
-    table = DeviceTable(encode_texts(texts, corpus.tokenizer, 32), CPU.device)
+    table = DeviceTable(encode_texts(texts, corpus.tokenizer, 32), torch.device("cpu"))
     assert (table.batch(np.arange(len(texts)))[:, 0] == 2).all()
-    for answer in Predictor(runs[1], CPU)(texts):
-        assert sum(answer.values()) == pytest.approx(1, abs=1e-5)
+    predictor = Predictor([runs[1]], on_cpu())
+    for text in texts:
+        assert sum(predictor(text)["probabilities"].values()) == pytest.approx(1, abs=1e-5)
     meta = {"articles": 2, "max_length": 8, "vocab_size": 9}
     np.array([2, 3], dtype="<u2").tofile(tmp_path / "articles.bin")
     np.save(tmp_path / "articles.npy", np.array([0, 2, 2]))
@@ -351,8 +348,8 @@ def test_no_row_of_attention_is_fully_masked(runs: tuple[Path, Path], corpus: Da
 
 
 def test_same_seed_same_bits(corpus: DataFolder, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, dropout=0.1, attention_dropout=0.1, optimizer="muon")
-    a, b, other = (load_checkpoint(pretrain("bert-1", recipe, corpus, seed, tmp_path / name, CPU))["model"] for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    recipe = dataclasses.replace(RECIPE, dropout=0.1, optimizer="muon")
+    a, b, other = (load_checkpoint(pretrain_run("bert-1", recipe, corpus, seed, tmp_path / name))["model"] for name, seed in (("a", 0), ("b", 0), ("c", 1)))
     assert all(torch.equal(a[name], b[name]) for name in a) and not torch.equal(a["bert.token.weight"], other["bert.token.weight"])
 
 

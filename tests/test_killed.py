@@ -194,7 +194,7 @@ def test_killed_finetuning_ends_the_same_to_the_last_bit(material: Path) -> None
 
 
 def table(shown: str) -> str:
-    return re.search(r"^data: \d+ classes, \d+ training rows a class.*?(?=^latency)", shown, flags=re.M | re.S)[0]
+    return re.search(r"^data: \d+ classes, .*?(?=^latency)", shown, flags=re.M | re.S)[0]
 
 
 def test_killed_committee_gives_the_same_table(material: Path) -> None:

@@ -1,21 +1,25 @@
-"""The mathematics: the same function however it is computed, and padding that changes nothing."""
+"""The mathematics: one function however it is computed, and padding that changes nothing."""
 
 from __future__ import annotations
 
-import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import tokenizer
-from committee import SoftCommittee, agreement, calibration_error
-from model import (HEAD, MODELS, PAD, TAIL, Attention, BertConfig, Classifier, Committee, MaskedLM, attention_by_hand,
-                   count_operations, count_parameters, dropout, named_config, pool, with_neighbours)
+from model import (HEAD_MARK, MODELS, PAD, TAIL_MARK, Attention, BertConfig, Classifier, Committee,
+                   MaskedLM, attention_by_hand, count_parameters, dropout, named_config, pool,
+                   stack, vote)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Random biases, norms and running statistics: at their initial 0 and 1 they would hide mistakes."""
+    """Random biases, norms and running statistics: at 0 and 1 they would hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -24,23 +28,24 @@ def shake(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-KINDS = (*MODELS, "bert-6 with short convolutions")
-
-
 def small(name: str, **settings) -> BertConfig:
-    channels = {"dropout": 0.0, "attention_dropout": 0.0, "vocab_size": 50, "max_length": 24}
-    return named_config(name.split()[0], 128, **{**channels, "short_conv": "short" in name, **settings})
+    defaults = {"dropout": 0.0, "vocab_size": 50, "max_length": 24}
+    return named_config(name, 128, 2, **{**defaults, **settings})
 
 
 def ragged_batch(lengths: tuple[int, ...], T: int, vocab_size: int = 50) -> torch.Tensor:
-    ids = torch.randint(5, vocab_size, (len(lengths), T), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(5, vocab_size, (len(lengths), T), generator=generator)
     return torch.where(torch.arange(T) < torch.tensor(lengths)[:, None], ids, PAD)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_padding_changes_nothing(name: str, norm: str) -> None:
-    """A text alone, in a padded batch, and beside other neighbours: the same logits, for both heads."""
+def test_padding_changes_nothing(name: str, norm: str, fused: bool,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text alone, in a padded batch, and beside other texts: the same logits, for both heads."""
+    monkeypatch.setattr(Attention, "fused", fused)
     config = small(name, norm=norm, pooling="mean" if norm == "pre" else "cls")
     classifier = shake(Classifier(config, 5)).double().eval()
     lm = shake(MaskedLM(config)).double().eval()
@@ -51,63 +56,56 @@ def test_padding_changes_nothing(name: str, norm: str) -> None:
             alone = batch[row : row + 1, :length]
             torch.testing.assert_close(classifier(alone)[0], together[row])  # float64: to 1e-7
             torch.testing.assert_close(classifier.bert(alone)[0], hidden[row, :length])
-            torch.testing.assert_close(lm(alone, torch.tensor([1])), lm(batch, torch.tensor([row * 16 + 1])))
-
-
-def test_short_convolution_is_pytorchs() -> None:
-    torch.manual_seed(0)
-    x, taps, real = torch.randn(2, 7, 16), torch.randn(2, 1, 1, 16), torch.arange(7) < torch.tensor([[7], [4]])
-    kernel = torch.stack([taps[0].flatten(), torch.ones(16), taps[1].flatten()], -1)[:, None]  # (C, 1, 3)
-    theirs = F.conv1d((x * real[:, :, None]).mT, kernel, padding=1, groups=16).mT
-    torch.testing.assert_close(with_neighbours(x, taps, real), theirs)
-
-    config = small("bert-6 with short convolutions")
-    plain, convolved = MaskedLM(dataclasses.replace(config, short_conv=False)), MaskedLM(config)
-    assert not any(p.ndim == 2 for name, p in convolved.named_parameters() if "taps" in name), "Muon would take them for matrices"
-    missing = convolved.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert len(missing) == 12 and all("taps" in name for name in missing)
-    batch, asked = ragged_batch((5, 16), 16), torch.tensor([1, 2, 20])
-    assert torch.equal(plain(batch, asked), convolved(batch, asked)), "it does not begin as an ordinary BERT"
-    convolved(batch, asked).sum().backward()
-    assert all(p.grad is not None and p.grad.any() for name, p in convolved.named_parameters() if "taps" in name)
+            in_batch = lm(batch, torch.tensor([row * 16 + 1]))
+            torch.testing.assert_close(lm(alone, torch.tensor([1])), in_batch)
 
 
 def test_pooling_by_hand() -> None:
-    assert (PAD, HEAD, TAIL) == (tokenizer.PAD, tokenizer.MASK, tokenizer.SEP)
-    ids = torch.tensor([[2, 7, HEAD, 8, 9, HEAD, TAIL, 7, TAIL, TAIL, PAD, PAD],  # the last real token is [SEP]
-                        [2, TAIL, 7, 8, TAIL, 9, HEAD, 7, 7, 7, TAIL, PAD],  # the head entity is cut off
-                        [2, 7, 7, TAIL, PAD, PAD, PAD, PAD, PAD, PAD, PAD, PAD]])  # none is marked
+    H, T = HEAD_MARK, TAIL_MARK
+    assert (PAD, H, T) == (tokenizer.PAD, tokenizer.MASK, tokenizer.SEP)
+    ids = torch.tensor([[2, 7, H, 8, 9, H, T, 7, T, T, 0, 0],  # the last real token is [SEP]
+                        [2, T, 7, 8, T, 9, H, 7, 7, 7, T, 0],  # the head entity is cut off
+                        [2, 7, 7, T, 0, 0, 0, 0, 0, 0, 0, 0]])  # none is marked
     x = torch.randn(2, 3, 12, 4)  # two members
-    none = torch.zeros(2, 4)
-    heads = [x[:, 0, 2:5].mean(1), x[:, 1, 6:11].mean(1), none]
+    heads = [x[:, 0, 2:5].mean(1), x[:, 1, 6:11].mean(1), torch.zeros(2, 4)]
     tails = [x[:, 0, 6:8].mean(1), x[:, 1, 1:4].mean(1), x[:, 2, 3]]
-    torch.testing.assert_close(pool(x, ids, "entities"), torch.cat([torch.stack(heads, 1), torch.stack(tails, 1)], -1))
-    torch.testing.assert_close(pool(x[0], ids, "mean"), torch.stack([x[0, 0, :10].mean(0), x[0, 1, :11].mean(0), x[0, 2, :4].mean(0)]))
+    expected = torch.cat([torch.stack(heads, 1), torch.stack(tails, 1)], -1)
+    torch.testing.assert_close(pool(x, ids, "entities"), expected)
+    means = [x[0, 0, :10].mean(0), x[0, 1, :11].mean(0), x[0, 2, :4].mean(0)]
+    torch.testing.assert_close(pool(x[0], ids, "mean"), torch.stack(means))
     assert torch.equal(pool(x, ids, "cls"), x[:, :, 0])
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if "conv" in n])
 def test_padding_stays_out_of_the_stems_statistics(name: str) -> None:
-    """In training, more padding changes neither the output nor the running statistics; in the authors' stem it does."""
-    for leaky in (False, True):
-        outputs, means = [], []
-        for T in (12, 20):
-            torch.manual_seed(0)
-            model = shake(Classifier(small(name, leaky_stem=leaky), 3)).train()
-            batch = F.pad(ragged_batch((5, 12, 7), 12), (0, T - 12))
-            outputs.append(model(batch))
-            means.append(torch.cat([n.running_mean for n in model.bert.stem.norms]))
-        same = torch.allclose(outputs[0], outputs[1], atol=1e-4) and torch.allclose(means[0], means[1], atol=1e-5)
-        assert same != leaky
+    """In training, more padding changes neither the output nor the running statistics."""
+    outputs, means = [], []
+    for T in (12, 20):
+        torch.manual_seed(0)
+        model = shake(Classifier(small(name), 3)).train()
+        outputs.append(model(F.pad(ragged_batch((5, 12, 7), 12), (0, T - 12))))
+        means.append(torch.cat([n.running_mean for n in model.bert.stem.norms]))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(means[0], means[1], atol=1e-5, rtol=0)
+
+
+def test_a_rank_without_a_text_has_a_stem_too() -> None:
+    """The last batch of an epoch may leave a rank nothing: no error, and gradients of 0."""
+    model = MaskedLM(small("bert-1-conv2")).train()
+    logits = model(torch.zeros(0, 16, dtype=torch.long), torch.zeros(0, dtype=torch.long))
+    logits.sum().backward()
+    assert logits.shape == (0, 50)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_attention_by_hand_is_the_fused_one(dtype: torch.dtype, tolerance: float) -> None:
+def test_attention_by_hand_is_pytorchs(dtype: torch.dtype, tolerance: float) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, 2, 9, 16, dtype=dtype, generator=generator) for _ in range(3))
     mask = (torch.arange(9) < torch.tensor([9, 4, 1])[:, None])[:, None, None, :]
     fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(attention_by_hand(q, k, v, mask), fused, atol=tolerance, rtol=tolerance)
+    by_hand = attention_by_hand(q, k, v, torch.zeros(mask.shape).masked_fill(~mask, -torch.inf))
+    torch.testing.assert_close(by_hand, fused, atol=tolerance, rtol=tolerance)
 
 
 def test_the_switch_between_the_two_attentions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,35 +122,37 @@ def test_the_switch_between_the_two_attentions(monkeypatch: pytest.MonkeyPatch) 
     assert not torch.equal(results[0][0], results[1][0]), "the switch switched nothing"
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["bert-6", "bert-1", "bert-1-wide"])
 @pytest.mark.parametrize("norm, pooling", [("post", "cls"), ("pre", "mean"), ("pre", "entities")])
-def test_batched_committee_is_the_loop(name: str, norm: str, pooling: str) -> None:
-    members = [shake(Classifier(small(name, norm=norm, pooling=pooling), 6), seed).double().eval() for seed in range(3)]
+def test_stacked_members_are_one_after_another(name: str, norm: str, pooling: str, fused: bool,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same logits, and in training the same gradients."""
+    monkeypatch.setattr(Attention, "fused", fused)
+    config = small(name, norm=norm, pooling=pooling)
+    members = [shake(Classifier(config, 6), seed).double() for seed in range(3)]
     batch = ragged_batch((5, 9, 16, 2), 16)
-    batch[0, [1, 3]], batch[1, [2, 4]], batch[2, [3, 9]] = HEAD, TAIL, HEAD
-    with torch.no_grad():
-        loop = torch.stack([member(batch) for member in members])
-    torch.testing.assert_close(Committee(members)(batch), loop)
+    H, T = HEAD_MARK, TAIL_MARK
+    batch[0, [1, 3]], batch[1, [2, 4]], batch[2, [3, 9]] = H, T, H
+    stacked = stack(members)
+    one_after_another = torch.stack([member(batch) for member in members])
+    torch.testing.assert_close(stacked(batch), one_after_another)
+    stacked(batch).square().sum().backward()
+    one_after_another.square().sum().backward()
+    for name in ("bert.layers.0.mlp_in.weight", "bert.token.weight", "pooler.bias"):
+        alone = torch.stack([member.get_parameter(name).grad for member in members])
+        torch.testing.assert_close(stacked.get_parameter(name).grad, alone)
 
 
-def test_calibration_and_agreement_by_hand() -> None:
-    """Four rows: two at confidence 0.9, one of them right; two at 0.6, both right."""
-    p = torch.tensor([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
-    labels = torch.tensor([0, 1, 1, 1])
-    assert calibration_error(p, labels) == pytest.approx((2 * abs(0.5 - 0.9) + 2 * abs(1 - 0.6)) / 4)
-    assert calibration_error(torch.eye(2), torch.tensor([0, 1])) == 0
-    a, b, c = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 0])
-    assert agreement([a, b, c]) == pytest.approx((0.5 + 1 + 0.5) / 3)
-
-
-def test_mixed_committee_is_the_mean_of_probabilities() -> None:
-    members = [shake(Classifier(small(name), 6), seed).eval() for seed, name in enumerate(("bert-1", "bert-1-conv2", "bert-1", "bert-6"))]
+def test_a_committee_of_several_shapes_votes_softly() -> None:
+    names = ("bert-1", "bert-1-conv2", "bert-1", "bert-6", "bert-1-conv2")
+    members = [shake(Classifier(small(name), 6), i).eval() for i, name in enumerate(names)]
     batch = ragged_batch((5, 9), 16)
     with torch.no_grad():
         expected = torch.stack([member(batch).softmax(-1) for member in members]).mean(0)
-    torch.testing.assert_close(SoftCommittee(members)(batch), expected, atol=1e-5, rtol=1e-4)
-    with pytest.raises(ValueError, match="one shape"):
-        Committee(members)
+        logits = Committee(members)(batch)
+    assert logits.shape == (5, 2, 6)
+    torch.testing.assert_close(vote(logits), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
@@ -173,67 +173,64 @@ def test_one_batch_can_be_learnt_by_heart(norm: str) -> None:
 
 def test_named_models_are_the_papers() -> None:
     heads = {name: named_config(name).heads for name in MODELS}
-    assert heads == {"bert-6": 12, "bert-1": 12, "bert-1-wide": 24, "bert-1-conv2": 12, "bert-1-conv2-narrow": 8, "bert-1-conv3": 12,
-                     "bert-1-conv2-k16": 12}
-    assert named_config("bert-1-conv2-k16").conv_kernels == (16, 3) and named_config("bert-1-conv3").conv_channels == 32
+    assert heads == {"bert-6": 12, "bert-1": 12, "bert-1-wide": 24, "bert-1-conv2": 12,
+                     "bert-1-conv2-narrow": 8, "bert-1-conv3": 12, "bert-1-conv2-k16": 12}
+    assert named_config("bert-1-conv2-k16").conv_kernels == (16, 3)
+    assert named_config("bert-1-conv3").conv_channels == 32
     with torch.device("meta"):
         model = MaskedLM(named_config("bert-6"))
-    # counted by hand: token, position and norm; 6 layers; the head's dense, norm and bias
+    # By hand: token, position and norm; six layers; the head's dense, norm and bias.
     C, V = 768, 30_522
     layer = 4 * (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C) + 4 * C
-    assert count_parameters(model) == V * C + 128 * C + 2 * C + 6 * layer + C * C + C + 2 * C + V
-    for bad in ({"width": 100}, {"width": 128, "heads": 3}):
-        with pytest.raises(ValueError):
+    expected = V * C + 128 * C + 2 * C + 6 * layer + C * C + C + 2 * C + V
+    assert count_parameters(model) == expected
+    for bad in ({"width": 100}, {"width": 128, "heads": 3}, {"width": 0}):
+        with pytest.raises(ValueError, match="width"):
             named_config("bert-1", **bad)
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_operations_are_what_pytorch_counts(name: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = small(name)
-    model = Classifier(config, 5).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        Attention.fused = False  # the fused kernel on a CPU is not counted
-        try:
-            model(torch.full((1, 16), 7))
-        finally:
-            Attention.fused = True
-    # "same" padding makes PyTorch count border positions of a convolution like all others, as count_operations does
-    assert count_operations(config, 16, 5) == pytest.approx(counter.get_total_flops(), rel=0.02)
-
-
-def test_local_start_looks_at_neighbours() -> None:
-    """Half of the heads begin with most of their attention one place before, one behind, two before, ...; the rest spread it."""
-    torch.manual_seed(0)
-    model = MaskedLM(BertConfig(vocab_size=200, layers=1, width=256, heads=8, norm="pre", local_start=3.0)).eval()
-    ids = torch.randint(5, 200, (4, 60))
-    layer = model.bert.layers[0]
-    x = layer.attention_norm(model.bert.token(ids) + model.bert.position.weight[:60])
-    q, k, _ = layer.attention.qkv(x).view(4, 60, 3, 8, 32).permute(2, 0, 3, 1, 4)
-    weights = (q @ k.mT / 32**0.5).softmax(-1)  # (4, 8, 60, 60)
-    for head, offset in enumerate((-1, 1, -2, 2)):
-        inside = weights[:, head].diagonal(offset, dim1=-2, dim2=-1)  # from every token to the one at this offset
-        assert inside.mean() > 0.5, f"head {head}"
-    assert weights[:, 4:].max() < 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout(dtype: torch.dtype, p: float) -> None:
-    """The right share is dropped, anywhere; the mean stays; a seed repeats it; the gradient follows the mask."""
+    """The right share, anywhere; the mean stays; a seed repeats it; the gradient follows it."""
     x = torch.ones(7, 301, 103, dtype=dtype, requires_grad=True)
     torch.manual_seed(1)
     y = dropout(x, p)
     dropped = (y == 0).float()
-    for axis in ((1, 2), (0, 2), (0, 1)):
-        assert (dropped.mean(axis) - p).abs().max() < 6 * (p * (1 - p) * max(dropped.mean(axis).numel(), 1) / x.numel()) ** 0.5
-    flat = dropped.flatten()
-    for lag in range(1, 5):  # four decisions share a draw: are they independent?
-        assert abs(float(((flat[lag:] - p) * (flat[:-lag] - p)).mean())) < 0.003
+    for axes in ((1, 2), (0, 2), (0, 1)):
+        share = dropped.mean(axes)
+        assert (share - p).abs().max() < 6 * (p * (1 - p) * share.numel() / x.numel()) ** 0.5
+    flat = dropped.flatten() - p
+    for lag in range(1, 5):  # four elements share a random number: are they independent?
+        assert abs(float((flat[lag:] * flat[:-lag]).mean())) < 0.003
     assert torch.allclose(y[y != 0], torch.tensor(1 / (1 - p), dtype=dtype))
     torch.manual_seed(1)
     assert torch.equal(y, dropout(x, p))
     y.sum().backward()
     assert torch.equal(x.grad, y)
-    assert dropout(x, 0.0) is x or torch.equal(dropout(x, 0.0), x)
+    assert torch.equal(dropout(x, 0.0), x)
+
+
+@pytest.mark.parametrize("name, norm",
+                         [("bert-6", "pre"), ("bert-6", "post"), ("bert-1-conv2", "post")])
+def test_bf16_is_fp32_within_its_rounding(name: str, norm: str) -> None:
+    """Under autocast on a CPU all sums between the layers are bf16."""
+    torch.manual_seed(0)
+    model = Classifier(small(name, norm=norm), 3).eval()
+    ids = torch.randint(5, 50, (8, 16))
+    exact = model.bert(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model.bert(ids)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_the_command_prints_every_stage() -> None:
+    command = [sys.executable, str(ROOT / "model.py"), "--model", "bert-1-conv2", "--width", "128"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    lines = {line.split()[0]: line for line in shown.splitlines()[2:]}
+    for stage, shape, parameters in (("bert.stem", "(1, 128, 128)", "37,891"),
+                                     ("bert.layers.0.attention.qkv", "(1, 128, 384)", "49,536"),
+                                     ("bert.layers.0.mlp_in", "(1, 128, 512)", "66,048"),
+                                     ("logits", "(20, 30522)", "30,522")):
+        assert shape in lines[stage] and parameters in lines[stage], lines[stage]

@@ -31,14 +31,14 @@ def fill_from_numpy(model: nn.Module) -> None:
 
 def losses_of(name: str) -> list[float]:
     """The mean loss of each of the 20 steps, as the `paper` preset makes them: AdamW, linear decay, no clipping."""
-    config = named_config(name, 64, 4, vocab_size=PINS["vocab_size"], max_length=32, dropout=0.0, attention_dropout=0.0)
+    config = named_config(name, 64, 4, vocab_size=PINS["vocab_size"], max_length=32, dropout=0.0)
     model = MaskedLM(config).train()
     fill_from_numpy(model)
     recipe = pretrain.PRESETS["paper"]
     optimizers = pretrain.make_optimizers(model, recipe)
     losses = []
     for step, batch in enumerate(PINS["batches"]):
-        factor = pretrain.schedule(recipe, step, len(PINS["batches"]), 1)
+        factor = pretrain.schedule(recipe, step, len(PINS["batches"]))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * factor

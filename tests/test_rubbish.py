@@ -356,7 +356,7 @@ def check_command(script: str, words: list[str], nowhere: Path, patch: pytest.Mo
     return status
 
 
-@pytest.mark.parametrize("script", ["tokenizer.py", "data.py", "pretrain.py", "finetune.py", "committee.py"])
+@pytest.mark.parametrize("script", ["tokenizer.py", "data.py", "model.py", "pretrain.py", "finetune.py", "committee.py"])
 def test_any_command_line(script: str, nowhere: Path) -> None:
     @QUICK
     @given(command_lines(script))

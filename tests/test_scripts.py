@@ -17,7 +17,7 @@ import torch
 
 from finetune import Predictor
 from material import articles, write_articles, prepared_folder, write_raw_folder, write_task_file
-from pretrain import choose_hardware
+from pretrain import choose_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,15 +74,14 @@ def test_pretrain_and_finetune_scripts(material: Path) -> None:
     assert {p.name for p in folder.iterdir()} >= {"config.json", "log.jsonl", "last.pt", "tokenizer.model", "results.json"}
     assert re.search(r"\S+ 0\.\d{3}  ", run("pretrain.py", "--fill-mask", "the [MASK] of france", folder))
     out = run("finetune.py", *sources(material), "--checkpoint", folder,
-              "--seeds", "2", "--set", "epochs=2", "--plot", "--confusion")
+              "--seeds", "2", "--set", "epochs=2", "--confusion")
     assert re.search(r"^  (\w+) taken for (?!\1)\w+: \d+ of 10 test rows\n {6}\w+ number 1\d{3} \w+ \1 today", out, flags=re.M), out
     with np.load(next((material / "runs/finetune").glob("own-first-seed0-*")) / "logits.npz") as file:
         wrong = int((file["logits"].argmax(1) != file["labels"]).sum())
     counts = [int(n) for n in re.findall(r"taken for \w+: (\d+) of", out)]
     assert counts == sorted(counts, reverse=True) and sum(counts) <= wrong <= sum(counts) + counts[-1]  # of 6 pairs, 5 are shown
-    assert Path(re.search(r"(\S.*\.png) written", out)[1]).read_bytes().startswith(b"\x89PNG")
-    assert "always naming the largest class: 33.3 %" in out and "training rows a class" in out
-    assert re.search(r"own bert-1-\w{4} pre-trained: accuracy .* ± ", out) and "95 % t-interval over 2 fine-tuning seeds" in out
+    assert re.search(r"largest class +33.3 %\n +logistic regression +\d+", out) and "training rows a class" in out
+    assert re.search(r"bert-1 pre-trained +[\d.]+ %, -?[\d.]+ to [\d.]+ .95 % t-interval over 2 fine-tuning seeds", out)
     run_folder = next((material / "runs/finetune").glob("own-first-seed0-*"))
     answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
     assert answer["label"] in ("brazil", "france", "japan") and sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
@@ -110,13 +109,13 @@ def test_a_checkpoint_is_known_by_its_weights(material: Path) -> None:
     torch.save(saved, folder / "last.pt")
     assert len(tested()) == 2
     twice = run("finetune.py", *sources(material), "--checkpoint", folder, folder, status=2)
-    assert "the same model, text and seed" in twice
+    assert "two have the same seed" in twice
 
 
 def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
     out = run("finetune.py", *sources(material), "--model", "bert-1",
               "--set", "epochs=15", "pooling=mean", "per_class=20")
-    assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80
+    assert float(re.search(r"from scratch +([\d.]+) %", out)[1]) > 80
 
 
 def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
@@ -128,14 +127,14 @@ def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
         (material / f"head-{part}.csv").write_text("".join(["label,text\n", *rows]), encoding="utf-8")
     prepared_folder(material / "data/head", material / "wiki.jsonl.gz", [material / "head-train.csv", material / "head-test.csv"])
     out = run("finetune.py", *sources(material, "head"), "--model", "bert-1", "--set", "epochs=15", "pooling=entities", "per_class=100")
-    assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 95
+    assert float(re.search(r"from scratch +([\d.]+) %", out)[1]) > 95
     (folder,) = (material / "runs/finetune").glob("head-scratch-*")
     for text, label in (("from [@ japan @] to [# france #] by river", "france"), ("from [@ france @] to [# japan #]", "japan")):
         assert json.loads(run("finetune.py", "--predict", text, folder))["label"] == label
     for text in ("japan", "[# japan #] to france", "from [@ japan @]"):
         assert f"not both are in '{text}'" in run("finetune.py", "--predict", text, folder, status=2)
     more = ["--task", "fewrel", "--deep", "none", "--members", "2", "--finetune-set", "pooling=entities"]
-    assert "task fewrel: pooling entities" in run("committee.py", *sources(material, "tasks"), *more, status=2)
+    assert "task fewrel: pooling=entities" in run("committee.py", *sources(material, "tasks"), *more, status=2)
     prepared_folder(material / "data/marked", material / "wiki.jsonl.gz", task=("fewrel",), raw_dir=material / "raw", entity_markers=True)
     assert "committee of 2 bert-1" in run("committee.py", *sources(material, "marked"), *more)
 
@@ -151,29 +150,31 @@ def test_another_script_than_latin(material: Path) -> None:
         material / "ελλ-train.csv", material / "ελλ-test.csv")
     out = run("finetune.py", *sources(material, "ελλ"), "--set", "epochs=15", "pooling=mean", "per_class=20")
     (folder,) = (material / "runs/finetune").glob("ελλ-scratch-*")
-    answer = Predictor(folder, choose_hardware("cpu"))(["river number 3 crosses brazil today".translate(greek)])[0]
+    answer = Predictor([folder], choose_runtime("cpu"))("river number 3 crosses brazil today".translate(greek))["probabilities"]
     assert next(iter(answer)) == "brazil".translate(greek) and len(answer) == 3
-    assert float(re.search(r"from scratch: accuracy +([\d.]+) %", out)[1]) > 80  # so the letters did not become [UNK]
+    assert float(re.search(r"from scratch +([\d.]+) %", out)[1]) > 80  # so the letters did not become [UNK]
 
 
 def test_committee_script(material: Path) -> None:
-    command = ["committee.py", *sources(material, "tasks"), "--member-model", "bert-1", "bert-1-conv2", "--repeats", "2"]
+    command = ["committee.py", *sources(material, "tasks"), "--member-model", "bert-1", "bert-1-conv2", "--seeds", "2"]
     out = run(*command)
-    for line in ("committee of 2 bert-1+bert-1-conv2", "bert-6: pre-training gives", "latency, one text of fewrel"):
+    for line in ("committee of 2 bert-1+bert-1-conv2", "bert-6: pre-training gives", "latency, a text of fewrel"):
         assert line in out
     path = Path(re.search(r"(\S.*results\.json) written", out)[1])
     record = json.loads(path.read_text(encoding="utf-8"))
     assert {"command", "machine", "versions", "git", "seconds", "settings", "tasks", "latency_ms"} <= set(record)
     for part in record["tasks"].values():
-        assert {k: len(v["pretrained"]) for k, v in part["models"].items()} == {"bert-6": 2, "bert-1": 2, "bert-1-conv2": 2}
-        assert [len(c) for c in part["committee"]["bert-1+bert-1-conv2"]] == [2, 2]
-        members = [part["models"][m]["pretrained"][0] for m in ("bert-1",)]
-        assert part["committee"]["bert-1+bert-1-conv2"][0][0] == pytest.approx(members[0])
-    assert {"p10", "median", "p90"} <= set(record["latency_ms"]["committee-2"])
+        counts = {label: len(row["accuracies"]["pre-trained"]) for label, row in part["table"].items()}
+        assert counts == {"bert-6": 2, "bert-1, one member": 2, "bert-1-conv2, one member": 2, "committee of 2 bert-1+bert-1-conv2": 2}
+        for row in part["table"].values():
+            for kind in ("pre-trained", "from scratch"):
+                assert row[kind]["mean"] == pytest.approx(100 * np.mean(row["accuracies"][kind]))
+    assert {"p10", "median", "p90"} <= set(record["latency_ms"]["committee of 2"])
+    assert "bert-1-conv2, one member" in record["latency_ms"]
     stamps = {p: p.stat().st_mtime_ns for p in (material / "runs").rglob("last.pt")}
     again = run(*command)
     assert stamps == {p: p.stat().st_mtime_ns for p in (material / "runs").rglob("last.pt")}, "something was trained again"
-    tables = [re.findall(r"^(?:bert-|committee of).*\d +[+-]\d.*", text, flags=re.M) for text in (out, again)]
+    tables = [re.findall(r"^(?:bert-|committee of).*[)]$", text, flags=re.M) for text in (out, again)]
     assert len(tables[0]) >= 8 and tables[0] == tables[1]
 
 
@@ -182,24 +183,24 @@ def test_embedded_default_from_the_raw_folder(material: Path) -> None:
     run("data.py", "prepare", material / "data/default", "--preset", "smoke", "--task", "topics", "--raw-dir", material / "raw")
     shown = [run("committee.py", *sources(material, "default"), "--runs-dir", material / f"runs-default-{jobs}", "--members", "2", "--jobs", jobs)
              for jobs in ("1", "2")]
-    assert "topics: 3 classes" in shown[0] and "next, on the paper's data" in shown[0] and "2 processes" in shown[1]
+    assert "topics: 3 classes" in shown[0] and "3 models, 2 at a time" in shown[1]
     tables = [re.search(r"^topics: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in shown]
     assert tables[0] == tables[1]
 
 
 def test_committee_without_a_deep_model(material: Path) -> None:
     """One cell of a study: some seeds of a shallow model, its gap, its committee."""
-    kept = material / "cell.json"
-    out = run("committee.py", *sources(material, "tasks"), "--task", "fewrel", "--deep", "none", "--members", "2", "--out", kept)
-    part = json.loads(kept.read_text(encoding="utf-8"))["tasks"]["fewrel"]
-    assert "bert-6" not in out and set(part["models"]) == {"bert-1"} and len(part["models"]["bert-1"]["scratch"]) == 2
-    assert set(part["quality"]) == {"member", "committee", "agreement"} and 0 <= part["quality"]["agreement"] <= 1
+    out = run("committee.py", *sources(material, "tasks"), "--task", "fewrel", "--deep", "none", "--members", "2")
+    record = json.loads(Path(re.search(r"(\S.*results\.json) written", out)[1]).read_text(encoding="utf-8"))
+    table = record["tasks"]["fewrel"]["table"]
+    assert "bert-6" not in out and set(table) == {"bert-1, one member", "committee of 2 bert-1"}
+    assert len(table["bert-1, one member"]["accuracies"]["from scratch"]) == 2
 
 
 def test_bad_input_in_a_process_of_its_own(material: Path) -> None:
     out = run("committee.py", *sources(material, "tasks"), "--task", "fewrel", "--jobs", "2",
               "--set", "lr=900", "warmup=0", "clip=0", "steps=40", status=2)
-    assert "lower --lr" in out and out.count("error: ") == 1
+    assert "smaller lr" in out and 1 <= out.count("error: ") <= 2  # both may fail before the first one stops the other
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
@@ -227,26 +228,15 @@ def test_a_signal_ends_all_processes_and_loses_nothing(material: Path) -> None:
 
 
 def test_committee_on_a_file_of_ones_own(material: Path) -> None:
-    kept = material / "own.json"
-    out = run("committee.py", *sources(material), "--members", "2", "--deep", "none", "--out", kept)
-    assert "own: 3 classes" in out and json.loads(kept.read_text(encoding="utf-8"))["settings"]["tasks"] == ["own"]
+    out = run("committee.py", *sources(material), "--members", "2", "--deep", "none")
+    assert "own: 3 classes" in out
     committee = Path(re.search(r"(\S.*)results\.json written", out)[1])
     text = "bridge number 3 crosses brazil today"
     voted = json.loads(run("committee.py", "--predict", text, committee))["probabilities"]
     names = json.loads((committee / "results.json").read_text(encoding="utf-8"))["tasks"]["own"]["voters"]
-    voters = [Predictor(material / "runs/finetune" / name, choose_hardware("cpu"))([text])[0] for name in names]
+    voters = [Predictor([material / "runs/finetune" / name], choose_runtime("cpu"))(text)["probabilities"] for name in names]
     assert len(voters) == 2 and voted == {name: pytest.approx((voters[0][name] + voters[1][name]) / 2, abs=2e-4) for name in voted}
     assert "no committee for task 'agnews'" in run("committee.py", "--predict", text, committee, "--task", "agnews", status=2)
-    assert "name a file" in run("committee.py", *sources(material), "--out", material, status=2)
-
-
-def test_the_deep_model_has_its_own_time(material: Path) -> None:
-    """--deep-time-budget is the deep model's alone: the member takes its steps."""
-    kept = material / "deep.json"
-    run("committee.py", *sources(material), "--members", "1", "--set", "steps=3",
-        "--deep-time-budget", "0.1", "--out", kept)
-    steps = {name[:6]: trained["steps"] for name, trained in json.loads(kept.read_text(encoding="utf-8"))["pretraining"].items()}
-    assert steps["bert-1"] == 3 and steps["bert-6"] > 20
 
 
 def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_path: Path) -> None:
@@ -256,12 +246,12 @@ def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_p
     runs = ["--preset", "smoke", "--runs-dir", tmp_path / "runs"]
     run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2")
     checkpoint = tmp_path / "runs/pretrain/first"
-    assert "x bert-1" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--no-scratch")
+    assert "x: 3 classes" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--no-scratch")
     foreign = prepared_folder(tmp_path / "data/foreign", material / "wiki.jsonl.gz", [material / "train.csv"], vocab_size=200)
     assert "its tokenizer is not that of" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", foreign, status=2)
     prepared_folder(tmp_path / "data/labels", labels=[material / "test.csv"], tokenizer=checkpoint / "tokenizer.model")
     out = run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", tmp_path / "data/labels", "--no-scratch")
-    assert "labels bert-1" in out and "may hold test texts" in out
+    assert "labels: 3 classes" in out and "may hold test texts" in out and "from scratch" not in out
     assert "holds 0 articles" in run("pretrain.py", *runs, "--data", tmp_path / "data/labels", status=2)
     write_articles(tmp_path / "other.jsonl.gz", 150, seed=8)
     run("data.py", "prepare", place, "--preset", "smoke", "--articles", tmp_path / "other.jsonl.gz", "--fresh")
@@ -269,7 +259,7 @@ def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_p
     assert "made with other settings" in run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2", status=2)
     assert "has no task 'agnews'" in run("finetune.py", *runs, "--data", material / "data/own", "--task", "agnews", status=2)
     dev = run("finetune.py", *runs, "--data", material / "data/own", "--split", "dev", "--confusion")
-    assert "of 2 test rows" in dev  # a tenth of twenty rows a class
+    assert "of 2 dev rows" in dev  # a tenth of twenty rows a class
 
 
 def test_data_script(material: Path, tmp_path: Path) -> None:
@@ -303,19 +293,19 @@ PREPARE = ["data.py", "prepare", "NEW", "--preset", "smoke"]
     ([*PREPARE, "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW", "--train-per-class", "99"], "--min-class-size"),
     ([*PREPARE, "--articles", "ARTICLES", "--max-length", "3"], "--max-length 3: must lie in"),
     (["pretrain.py", "--data", "RAW"], "no data folder"),
-    (["pretrain.py", "--data", "OWN", "--set", "width=100"], "width 100 is not a positive multiple of 64"),
+    (["pretrain.py", "--data", "OWN", "--set", "width=100"], "width 100 is not a multiple of 64"),
     (["pretrain.py", "--data", "OWN", "--set", "optimizer=sgd"], "there are adamw and muon"),
-    (["pretrain.py", "--data", "OWN", "--set", "micro_batch=-1"], "micro_batch=-1: must lie in"),
-    (["pretrain.py", "--data", "OWN", "--set", "stepps=1"], "--set stepps=1: write FIELD=VALUE; the fields are epochs"),
+    (["pretrain.py", "--data", "OWN", "--set", "batch_size=0"], "batch_size=0: must lie in"),
+    (["pretrain.py", "--data", "OWN", "--set", "stepps=1"], "did you mean steps?"),
     (["pretrain.py", "--data", "OWN", "--max-articles", "9999"], "--max-articles is 9999"),
     (["pretrain.py", "--data", "OWN", "--device", "cuda"], "--device cpu"),
     (["pretrain.py", "--data", "OWN", "--device", "gpu"], "--device gpu: no such device here"),
     (["pretrain.py", "--sede", "1"], "did you mean --seed?"),
     (["finetune.py", "--checkpoint", "nowhere"], "nowhere"),
-    (["finetune.py", "--predict", "x"], "--predict needs"),
+    (["finetune.py", "--predict", "x"], "--predict: name a finished run"),
     (["committee.py", "--data", "OWN", "--deep", "bert-1"], "is a member too"),
-    (["committee.py", "--data", "OWN", "--deep-time-budget", "-1"], "time_budget=-1.0: must lie in"),
-    (["committee.py", "--data", "OWN", "--deep", "none", "--deep-time-budget", "1"], "there is no deep model"),
+    (["committee.py", "--data", "OWN", "--finetune-set", "pooling=max"], "there are cls and mean and entities"),
+    (["model.py", "--model", "bert-7"], "did you mean bert-6?"),
 ])
 def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str], message: str) -> None:
     names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw",
@@ -323,7 +313,7 @@ def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str]
     names["PACKED"].write_bytes(gzip.compress(b"<mediawiki></mediawiki>"))
     if message == "--device cpu" and __import__("torch").cuda.is_available():
         pytest.skip("there is a GPU")
-    extra = [] if arguments[0] == "data.py" else ["--runs-dir", material / "runs"]
+    extra = [] if arguments[0] in ("data.py", "model.py") else ["--runs-dir", material / "runs"]
     out = run(*[names.get(a, a) for a in arguments], *extra, status=2)
     assert message in out
     assert len([line for line in out.splitlines() if line.startswith("error: ")]) == 1

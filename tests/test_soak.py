@@ -70,7 +70,7 @@ class Way:
 
     def result(self) -> tuple:
         """What must be the same every time: the committee's table, and all weights."""
-        table = re.search(r"^data: \d+ classes, \d+ training rows a class.*?(?=^latency)", self.shown("committee"), flags=re.M | re.S)[0]
+        table = re.search(r"^data: \d+ classes, .*?(?=^latency)", self.shown("committee"), flags=re.M | re.S)[0]
         runs = self.folder / "runs"
         weights = {str(path.parent.relative_to(runs)): torch.load(path, weights_only=True)["model"] for path in runs.glob("*/*/last.pt")}
         return table, weights
