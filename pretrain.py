@@ -189,7 +189,7 @@ def mlm_loss(model: nn.Module, input_ids: Tensor, vocab_size: int,
     the whole batch; both scalars.
     """
     masked_ids, positions, labels = mask_tokens(input_ids, vocab_size, mask_rate)
-    count = (labels >= 0).sum()
+    count = (labels >= 0).sum().clamp(min=1)
     if world_size() > 1:
         masked_ids, positions, labels = rows_of_this_rank(masked_ids, positions, labels)
     logits = model(masked_ids, positions)  # (M, V)
@@ -239,26 +239,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
                 if "velocity" not in self.state[p]:
                     self.state[p]["velocity"] = torch.zeros_like(p)
                 velocity = self.state[p]["velocity"]
                 velocity.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalise(p.grad.lerp(velocity, group["momentum"]).to(self.dtype))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                scale = max(1.0, p.size(0) / p.size(1)) ** 0.5
-                p.add_(update, alpha=-group["lr"] * scale)
+                update = p.grad.lerp(velocity, group["momentum"])  # Nesterov
+                by_shape.setdefault(p.shape, []).append((p, update))
+            for (rows, columns), pairs in by_shape.items():
+                updates = torch.stack([update for _, update in pairs])
+                updates = orthogonalise(updates.to(self.dtype))  # all of one shape at once
+                scale = max(1.0, rows / columns) ** 0.5
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * scale)
 
 
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
-    """(rows, columns) -> a matrix with the same singular vectors, and singular values near 1."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # pulls each singular value in (0, 1] to 0.7 .. 1.2
-    x = g.T if g.size(0) > g.size(1) else g
-    x = x / (x.norm() + 1e-7)
+    """(n, rows, columns) -> matrices with the same singular vectors and singular values near 1.
+
+    Newton-Schulz iteration with a quintic that pulls each singular value in (0, 1] to 0.7 .. 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.size(1) > g.size(2) else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(iterations):
-        xx = x @ x.T
-        x = torch.addmm(x, torch.addmm(xx, xx, xx, beta=b, alpha=c), x, beta=a)
-    return x.T if g.size(0) > g.size(1) else x
+        xx = x @ x.mT
+        polynomial = torch.baddbmm(xx, xx, xx, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if g.size(1) > g.size(2) else x
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe,
@@ -318,78 +328,65 @@ def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
     Returns what results.json keeps of a training. Each step draws its random numbers after its
     own seed is set. So a run that was interrupted gives the same bits as one that was not.
     """
-    optimizers = make_optimizers(model, recipe, run.runtime.muon_dtype)
-    peaks = [group["lr"] for group in all_groups(optimizers)]
+    optimizers = make_optimizers(model, recipe, run.runtime.dtype)
+    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     state = run.resume(model, optimizers)
-    steps, seed, step = batches.steps, run.settings["seed"], state.step
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    steps, seed = batches.steps, run.settings["seed"]
     log_every = max(1, steps // LOG_LINES)
-    evaluate_every = max(1, LOG_LINES // EVALUATIONS) * log_every
-    started = saved = window_start = time.perf_counter()
-    started -= state.seconds
-    window_tokens = 0
+    evaluate_every = log_every * LOG_LINES // EVALUATIONS
+    saved = time.monotonic()
     model.train()
-    with stop_signals() as stop, progress_bar(run, step, steps) as bar:
-        while step < steps:
-            torch.manual_seed(seed_of_step(seed, step))
-            factor = schedule(recipe, step, steps)
-            for group, peak in zip(all_groups(optimizers), peaks):
+    with stop_signals() as stop, tqdm(
+            total=steps, initial=state.step, desc=run.folder.name, unit="step", mininterval=1.0,
+            dynamic_ncols=True, leave=False, disable=rank() > 0) as bar:
+        while state.step < steps:
+            state.step_began = time.perf_counter()
+            torch.manual_seed(seed_of_step(seed, state.step))
+            factor = schedule(recipe, state.step, steps)
+            for group, peak in zip(groups, peaks):
                 group["lr"] = peak * factor
-            texts = batches[step]
+            texts = batches[state.step]
             loss, count = loss_of(texts)
-            (loss / count).backward()
+            loss = loss / count
+            loss.backward()
             sum_over_ranks([p.grad for p in model.parameters()])
             if recipe.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            mean_loss = (loss / count).detach()
-            sum_over_ranks([mean_loss])
-            state.losses.append(mean_loss)
-            state.tokens += (tokens := int(batches.lengths[texts].sum()))
-            window_tokens += tokens
-            step += 1
+            loss = loss.detach()
+            sum_over_ranks([loss])
+            state.losses.append(loss)
+            state.tokens += int(batches.lengths[texts].sum())
+            state.step += 1
             bar.update()
-            if step % log_every == 0 or step == steps:
-                loss_now = run.checked_mean(state.losses, model, step, last=step == steps)
-                rate = round(window_tokens / (time.perf_counter() - window_start))
-                run.log(step=step, loss=round(loss_now, 5), tokens=state.tokens,
-                        tokens_per_s=rate, seconds=round(time.perf_counter() - started, 2))
-                bar.set_postfix_str(f"loss {loss_now:.3f}, {rate / 1e3:.1f}k tokens/s")
-                state.losses.clear()
-                if evaluate and (step % evaluate_every == 0 or step == steps):
-                    model.eval()
-                    run.log(step=step, **evaluate())
-                    model.train()
-                window_tokens, window_start = 0, time.perf_counter()
-            told = largest_of_ranks(stop[0] if stop else 0)
-            if (told or time.perf_counter() - saved > SAVE_SECONDS) and step < steps:
-                state.step, state.seconds = step, time.perf_counter() - started
+            is_last = state.step == steps
+            if state.step % log_every == 0 or is_last:
+                bar.set_postfix_str(run.log_losses(state, model, is_last))
+            state.count_time()
+            if evaluate and (state.step % evaluate_every == 0 or is_last):
+                model.eval()
+                run.log(step=state.step, **evaluate())
+                model.train()
+            signal_number = largest_of_ranks(stop[0] if stop else 0)
+            if is_last:
+                run.save(state, model, [])  # a finished run needs no optimizers
+            elif signal_number or time.monotonic() - saved > SAVE_SECONDS:
                 run.save(state, model, optimizers)
-                saved = time.perf_counter()
-            if told and step < steps:
-                run.end_by_signal(told, step)
-        state.step, state.seconds = step, time.perf_counter() - started
-        run.save(state, model, [])  # a finished run needs no optimizers
-        if told := largest_of_ranks(stop[0] if stop else 0):
-            run.end_by_signal(told, step)
+                saved = time.monotonic()
+            if signal_number:
+                run.end_by_signal(signal_number, state.step)
+        if signal_number := largest_of_ranks(stop[0] if stop else 0):  # during the last save
+            run.end_by_signal(signal_number, state.step)
     model.eval()
     return run.summary(state)
-
-
-def all_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict]:
-    """The parameter groups of all optimizers; each has its own learning rate."""
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def seed_of_step(seed: int, step: int) -> int:
     # A hash, since PyTorch's generator on a CPU keeps only the low 32 bits of a seed.
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-
-
-def progress_bar(run: Run, step: int, steps: int) -> tqdm:
-    return tqdm(total=steps, initial=step, desc=run.folder.name, unit="step", mininterval=1.0,
-                dynamic_ncols=True, leave=False, disable=rank() > 0)
 
 
 @contextlib.contextmanager
@@ -471,6 +468,13 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     losses: list[Tensor] = field(default_factory=list)  # since the last line of the log
+    step_began: float = 0.0  # not kept
+
+    def count_time(self) -> None:
+        """Add the time of a step, or of its rest. Evaluations and checkpoints do not count."""
+        now = time.perf_counter()
+        self.seconds += now - self.step_began
+        self.step_began = now
 
 
 class Run:
@@ -538,14 +542,24 @@ class Run:
             with full_disk_named(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def checked_mean(self, losses: list[Tensor], model: nn.Module, step: int, last: bool) -> float:
-        """The mean loss. Raises InputError if it, or at the end a weight, is not finite."""
-        mean = torch.stack(losses).mean().item()  # here alone does the host wait for a GPU
-        if not math.isfinite(mean) or last and not all_finite(model):
-            raise InputError(f"{self.folder}: the loss is {mean} at step {step}, or the weights "
-                             "are not finite. Use a smaller lr (--set), or --dtype fp32. The last "
-                             "good checkpoint is kept")
-        return mean
+    def log_losses(self, state: TrainingState, model: nn.Module, is_last: bool) -> str:
+        """Log the mean loss since the last line; returns it for the progress bar.
+
+        Raises InputError if the loss, or at the end a weight, is not finite.
+        """
+        mean = torch.stack(state.losses).mean().item()  # here alone does the host wait for a GPU
+        if not math.isfinite(mean) or is_last and not all_finite(model):
+            raise InputError(f"{self.folder}: the loss is {mean} at step {state.step}, or the "
+                             "weights are not finite. Use a smaller lr (--set), or --dtype fp32. "
+                             "The last good checkpoint is kept")
+        state.count_time()
+        before = next((line for line in reversed(self.lines) if "loss" in line), {})
+        seconds = state.seconds - before.get("seconds", 0.0)
+        rate = round((state.tokens - before.get("tokens", 0)) / max(seconds, 1e-9))
+        self.log(step=state.step, loss=round(mean, 5), tokens=state.tokens, tokens_per_s=rate,
+                 seconds=round(state.seconds, 3))
+        state.losses.clear()
+        return f"loss {mean:.3f}, {rate / 1e3:.1f}k tokens/s"
 
     def save(self, state: TrainingState, model: nn.Module,
              optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -589,13 +603,14 @@ class Run:
         losses = [line["loss"] for line in self.lines if "loss" in line]
         figures = {"train_loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
                    "steps": state.step, "tokens": state.tokens, "seconds": round(state.seconds, 1)}
-        evaluations = [line for line in self.lines if "held_out_loss" in line]
-        return {**(evaluations[-1] if evaluations else {}), **figures}
+        for line in self.lines:
+            if "loss" not in line:  # an evaluation: the last one counts
+                figures.update((name, x) for name, x in line.items() if name != "step")
+        return figures
 
     def finish(self, **figures: Any) -> None:
         """Write results.json, which marks the run as finished."""
         if rank() == 0:
-            figures.pop("step", None)
             record = result_record(self.settings, hardware=self.runtime.reason, **figures)
             write_json(self.folder / "results.json", record)
 
@@ -757,10 +772,6 @@ class Runtime:
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-    @property
-    def muon_dtype(self) -> torch.dtype:
-        return self.dtype
 
     def for_inference(self, model: nn.Module) -> nn.Module:
         """The model on the device, its linear weights rounded to dtype once, not at each call."""
