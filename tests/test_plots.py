@@ -1,0 +1,47 @@
+"""extras/plots.py: the step at which a curve leaves the baseline, and pictures of real runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from data import InputError
+from extras.plots import break_step, plot_accuracies, plot_losses
+from material import articles, corpus_of, pretrain_run, small_tokenizer
+from pretrain import PRESETS
+
+
+def test_the_break_of_a_loss_curve() -> None:
+    steps = range(40)
+    falling = [6.0 - 0.1 * max(0, step - 20) for step in steps]
+    noisy = [6.0 + 0.3 * (-1) ** step for step in steps]
+    assert 21 < break_step(steps, falling, 6.0) < 26
+    assert break_step(steps, noisy, 6.0) is None and break_step(steps, falling, 3.0) is None
+
+
+def test_loss_curves(tmp_path: Path) -> None:
+    texts = [a["text"] for a in articles(60)]
+    corpus = corpus_of(texts[20:], texts[:20], small_tokenizer())
+    recipe = replace(PRESETS["smoke"], steps=20)
+    runs = [pretrain_run("bert-1", recipe, corpus, seed, tmp_path / "runs") for seed in (0, 1)]
+    plot_losses(runs, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    (runs[1] / "log.jsonl").write_text("rubbish", encoding="utf-8")
+    with pytest.raises(InputError, match="log.jsonl: cannot be read"):
+        plot_losses(runs, tmp_path / "losses.png")
+
+
+def test_accuracies(tmp_path: Path) -> None:
+    interval = {"mean": 60.0, "low": 50.0, "high": 65.0, "over": "seeds"}
+    row = {"pre-trained": interval, "from scratch": interval}
+    task = {"table": {"bert-6": row, "committee of 2 bert-1": row},
+            "yardsticks": {"largest class": 0.2, "logistic regression": 0.5}}
+    record = json.dumps({"tasks": {"a": task, "b": task}})
+    (tmp_path / "results.json").write_text(record, encoding="utf-8")
+    plot_accuracies(tmp_path, tmp_path / "accuracies.png")
+    assert (tmp_path / "accuracies.png").read_bytes().startswith(b"\x89PNG")
