@@ -127,8 +127,12 @@ def train_in_process(model: Model, job: Job, threads: int) -> None:
     """What a process of train_in_parallel does."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    data = open_folder(job.data)
-    run_script(lambda: train_model(model, job, data, tables_of(job, data)))
+
+    def train() -> None:
+        data = open_folder(job.data)
+        train_model(model, job, data, tables_of(job, data))
+
+    run_script(train)
 
 
 def end_with_parent() -> None:
@@ -147,15 +151,16 @@ def train_in_parallel(models: Sequence[Model], job: Job, jobs: int) -> None:
     threads = max(1, torch.get_num_threads() // jobs)
     waiting = list(models)
     running: dict[int, BaseProcess] = {}  # by line of the terminal, one for each progress bar
-    status = 0
+    status, is_ending = 0, False
     with stop_signals() as stop, tqdm(total=len(models), desc="models", position=jobs, unit="model",
                                       leave=False, dynamic_ncols=True) as bar:
         while waiting or running:
             for line in range(jobs):
-                if line not in running and waiting and not (stop or status):
+                if line not in running and waiting and not is_ending:
                     os.environ["TQDM_POSITION"] = str(line)  # read by tqdm in the new process
-                    process: BaseProcess = context.Process(target=train_in_process,
-                                              args=(waiting.pop(0), job, threads))
+                    arguments = (waiting.pop(0), job, threads)
+                    process: BaseProcess
+                    process = context.Process(target=train_in_process, args=arguments)
                     process.start()
                     running[line] = process
             sentinels = [process.sentinel for process in running.values()]
@@ -165,7 +170,8 @@ def train_in_parallel(models: Sequence[Model], job: Job, jobs: int) -> None:
                     status = status or process.exitcode
                     del running[line]
                     bar.update()
-            if stop or status:
+            if (stop or status) and not is_ending:
+                is_ending = True
                 waiting = []
                 for process in running.values():
                     process.terminate()

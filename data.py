@@ -1304,14 +1304,15 @@ def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_fi
         where = f"task {task.name}: class {class_name[:60]!r}"
         if distinct[c] < len(parts):
             texts = "1 distinct text" if distinct[c] == 1 else f"{distinct[c]} distinct texts"
+            enough = max(len(parts), sizes[c] + 1)
             raise InputError(
                 f"{where} has {texts}, and {len(parts)} are needed ({', '.join(parts)}). Add "
-                f"texts, or drop small classes with --min-class-size {max(len(parts), sizes[c] + 1)}")
+                f"texts, or drop small classes with --min-class-size {enough}")
         for part, rows in exact.items():
             have = counts[part][c]
             if part == "test" and not one_file and have < max(1, rows):
-                raise InputError(f"{where} has {have} of {max(1, rows)} test rows. Add test rows of "
-                                 "this class, or lower --test-per-class")
+                raise InputError(f"{where} has {have} of {max(1, rows)} test rows. Add test rows "
+                                 "of this class, or lower --test-per-class")
             if have < max(1, rows):
                 enough = max(sum(exact[part] for part in parts), sizes[c] + 1)
                 raise InputError(
@@ -1765,8 +1766,8 @@ def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFold
                 tables[name] = encode_texts(texts, tokenizer, request.max_length)
         names = sorted({article.wiki for article in articles})
         if len(names) > 256:
-            raise InputError(f'the articles name {len(names)} wikis ("wiki" in .jsonl), and at most '
-                             "256 can be kept apart")
+            raise InputError(f'the articles name {len(names)} wikis ("wiki" in .jsonl), and at '
+                             "most 256 can be kept apart")
         wikis = np.array([names.index(article.wiki) for article in articles], np.uint8)
         meta |= {"max_length": request.max_length, "vocab_size": tokenizer.vocab_size,
                  "tokenizer": tokenizer.hash, "wikis": names, "articles": len(articles),
@@ -2072,8 +2073,8 @@ def _choose(data: DataFolder, task: Task, overlap: str, clean: bool,
     elif clean:
         chosen = np.flatnonzero(~shared_runs(articles, test)[1])
         if not len(chosen):
-            raise InputError(f"{data.path}: each article shares {RUN} characters with a test row of "
-                             f"{task.name}, so none is left")
+            raise InputError(f"{data.path}: each article shares {RUN} characters with a test row "
+                             f"of {task.name}, so none is left")
     rows_hit, articles_hit = shared_runs([articles[i] for i in chosen], test)
     tokens = data.articles.subset(chosen).tokens
     return chosen, {"mean_score": float(scores[chosen].mean()),

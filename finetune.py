@@ -141,7 +141,7 @@ def finetune(tables: TaskTables, start: Start, recipe: FinetuneRecipe, seed: int
         if checkpoint:
             bert = {name[5:]: x for name, x in weights.items() if name.startswith("bert.")}
             load_weights(model.bert, bert, checkpoint)
-        # Exercise: train the head alone (model.bert.requires_grad_(False)). What is left of the gap?
+        # Exercise: train the head alone (model.bert.requires_grad_(False)). Is there still a gap?
         model.to(runtime.device)
         batches = Batches(tables.train.lengths, recipe, seed, like_length=True)
 
@@ -205,7 +205,7 @@ def is_correct(folders: Sequence[Path]) -> np.ndarray:
 # ---- intervals -----------------------------------------------------------------------------------
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-         2.145, 2.131, 2.120, 2.110, 2.101, 2.093)  # Student's t, 97.5 %, 1 to 19 degrees of freedom
+         2.145, 2.131, 2.120, 2.110, 2.101, 2.093)  # Student's t, 97.5 %, for 1 to 19 degrees
 
 
 @dataclass(frozen=True)
@@ -460,8 +460,9 @@ def finetune_task(tables: TaskTables, starts: Sequence[Start], recipe: FinetuneR
         correct[kind] = over_starts(runs)
         found = interval(correct[kind], over)
         last_loss = read_json(runs[-1][-1] / "results.json", "train_loss")["train_loss"]
-        print(f"  {f'{starts[0].model} {kind}':36}{found.mean:6.1f} %, {found.low:.1f} to "
-              f"{found.high:.1f} ({found.over}); last training loss {last_loss:.3f}; {runs[-1][-1]}")
+        label = f"{starts[0].model} {kind}"
+        print(f"  {label:36}{found.mean:6.1f} %, {found.low:.1f} to {found.high:.1f} "
+              f"({found.over}); last training loss {last_loss:.3f}; {runs[-1][-1]}")
     if confusion:
         print_confusion(runs[0][0], tables)
     if len(correct) == 2:

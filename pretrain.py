@@ -553,7 +553,8 @@ class Run:
                              "weights are not finite. Use a smaller lr (--set), or --dtype fp32. "
                              "The last good checkpoint is kept")
         state.count_time()
-        before = next((line for line in reversed(self.lines) if "loss" in line), {})
+        earlier = [line for line in self.lines if "loss" in line]
+        before: dict[str, Any] = earlier[-1] if earlier else {}
         seconds = state.seconds - before.get("seconds", 0.0)
         rate = round((state.tokens - before.get("tokens", 0)) / max(seconds, 1e-9))
         self.log(step=state.step, loss=round(mean, 5), tokens=state.tokens, tokens_per_s=rate,
