@@ -107,7 +107,7 @@ def tables_of(job: Job, data: DataFolder) -> dict[str, TaskTables]:
 
 def train_model(model: Model, job: Job, data: DataFolder,
                 tables: dict[str, TaskTables]) -> list[Trained]:
-    """Pre-train a model, then fine-tune it and its twin on each task. Finished runs are kept."""
+    """Pre-train a model, then fine-tune it and its twin from scratch on each task."""
     checkpoint = pretrain(data, model.name, job.recipe, model.seed, job.runtime)
     start = start_of(checkpoint)
     starts: dict[str, Start] = {"pre-trained": start, "from scratch": start.twin}
@@ -227,17 +227,18 @@ def report_task(tables: TaskTables, trained: Sequence[Trained], job: Job) -> dic
         print(f"{name:30}{'':22}{100 * accuracy:>22.1f}")
     rows = table_rows(trained, job)
     record: dict[str, dict] = {}
+    gaps: dict[str, Interval] = {}
     for label, pairs in rows.items():
         intervals = {kind: interval(pairs[kind]) for kind in KINDS}
-        intervals["gap"] = gap(pairs)
+        intervals["gap"] = gaps[label] = gap(pairs)
         print(f"{label:30}{intervals['pre-trained']!s:>22}{intervals['from scratch']!s:>22}"
               f"{intervals['gap']!s:>22}")
         record[label] = {kind: asdict(found) for kind, found in intervals.items()}
         record[label]["accuracies"] = {kind: [float(x.mean()) for x in pairs[kind]]
                                        for kind in KINDS}
-    for label, pairs in rows.items():
+    for label, found in gaps.items():
         if not label.startswith("committee"):
-            print(gap(pairs).sentence(f"{label}: pre-training gives"))
+            print(found.sentence(f"{label}: pre-training gives"))
     result = {"yardsticks": known, "table": record}
     if job.deep != "none":
         committee = committee_correct([x for x in trained if x.kind == "pre-trained"], job.members)
@@ -398,6 +399,10 @@ def main() -> None:
         return
     if args.run:
         raise InputError(f"{args.run}: a committee's folder is named with --predict")
+    members = args.members or MEMBERS[args.preset]
+    if len(args.member_model) > members:
+        raise InputError(f"--member-model: {len(args.member_model)} models and {members} members. "
+                         f"Use --members {len(args.member_model)}, or fewer models")
     if args.deep in args.member_model:
         raise InputError(f"--deep {args.deep}: is a member too. Name another model")
     recipe = chosen_recipe(PRETRAIN_PRESETS[args.preset], args.set)
@@ -405,8 +410,7 @@ def main() -> None:
                                     "--finetune-set")
     data = open_data(args.data, args.preset)
     job = Job(data.path, chosen_tasks(args.task, data), args.split, args.preset, recipe,
-              finetune_recipe, args.deep, args.member_model, args.members or MEMBERS[args.preset],
-              args.seeds, runtime)
+              finetune_recipe, args.deep, args.member_model, members, args.seeds, runtime)
     run_job(job, data, args.jobs)
 
 

@@ -39,7 +39,7 @@ from tokenizer import ENTITIES, FIRST_PIECE, Parser
 
 @dataclass(frozen=True)
 class FinetuneRecipe(Recipe):
-    min_steps: int = option(0, "more epochs, if they would make fewer steps than this")
+    min_steps: int = option(0, "train for at least this many steps")
     per_class: int = option(0, "training rows of a class (0: what the preset uses)")
     pooling: str = option("cls", "what the classifier reads: cls (first token), mean (of all "
                           "tokens), entities (the two marked ones)", choices=POOLINGS)
@@ -83,17 +83,18 @@ class TaskTables:
     test_labels: Tensor
 
 
-def make_tables(data: DataFolder, task: str, split: str, per_class: int,
+def make_tables(data: DataFolder, task_name: str, split: str, per_class: int,
                 runtime: Runtime) -> TaskTables:
     """Encode the first per_class training rows of each class, and the rows of the split."""
-    rows = data.task(task)
-    parts: list = []
-    for part in rows.rows(split, per_class):
-        table = encode_texts([text for text, _ in part], data.tokenizer, data.max_length)
-        labels = torch.tensor([label for _, label in part], device=runtime.device)
-        parts += [DeviceTable(table, runtime.device), labels]
-    test_rows = rows.rows(split, per_class)[1]
-    return TaskTables(data, rows, split, per_class, test_rows, *parts)
+    task = data.task(task_name)
+    train_rows, test_rows = task.rows(split, per_class)
+    tables, labels = [], []
+    for rows in (train_rows, test_rows):
+        table = encode_texts([text for text, _ in rows], data.tokenizer, data.max_length)
+        tables.append(DeviceTable(table, runtime.device))
+        labels.append(torch.tensor([label for _, label in rows], device=runtime.device))
+    return TaskTables(data, task, split, per_class, test_rows, train=tables[0],
+                      train_labels=labels[0], test=tables[1], test_labels=labels[1])
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,12 @@ class Start:
 
 
 def start_of(checkpoint: Path) -> Start:
+    """A finished pre-training run as a start. Raises InputError if its training has not ended."""
     settings = load_settings(checkpoint, "pretrain")
+    is_imported = "recipe" not in settings
+    if not is_imported and not (checkpoint / "results.json").exists():
+        raise InputError(f"{checkpoint}: its pre-training has not ended. Give the command that "
+                         "began it again: it goes on from the last checkpoint")
     return Start(settings["model"], config_of(checkpoint), checkpoint, settings["seed"])
 
 
@@ -120,7 +126,8 @@ def finetune(tables: TaskTables, start: Start, recipe: FinetuneRecipe, seed: int
              runtime: Runtime) -> Path:
     """Train a classifier and score it after the last epoch; returns its run folder.
 
-    The folder also gets logits.npz, the logits of the scored rows. A finished run is kept.
+    The folder also gets logits.npz, the logits of the scored rows. A finished run is not trained
+    again.
     """
     data, task, checkpoint = tables.data, tables.task, start.checkpoint
     check_entities(recipe.pooling, task)
@@ -180,7 +187,7 @@ def check_marks(text: str, where: str) -> None:
 @torch.no_grad()
 def predict_logits(model: nn.Module, table: DeviceTable, runtime: Runtime) -> Tensor:
     """The logits of all texts of a table, in its order: (texts, classes), fp32, on the CPU."""
-    order = np.argsort(table.lengths, kind="stable")  # texts of like length together
+    order = np.argsort(table.lengths, kind="stable")  # texts of similar length together
     parts = []
     for start in range(0, len(order), 64):
         with runtime.autocast():
@@ -221,7 +228,7 @@ class Interval:
         return f"{self.mean:.1f} ({self.low:.1f} to {self.high:.1f})"
 
     def sentence(self, what: str) -> str:
-        """One honest sentence on a difference."""
+        """One sentence that states the difference, its interval, and whether it may be noise."""
         sure = self.low > 0 or self.high < 0
         verdict = "" if sure else "; not distinguishable from 0"
         return (f"{what} {self.mean:+.1f} points ({self.low:+.1f} to {self.high:+.1f}; {self.over})"
@@ -351,7 +358,8 @@ def load_classifier(folder: Path) -> Classifier:
     """The classifier of a finished run, on the CPU. Raises InputError if it is not finished."""
     settings = load_settings(folder, "finetune")
     if not (folder / "results.json").exists():
-        raise InputError(f"{folder}: its training has not ended. The command that began it goes on")
+        raise InputError(f"{folder}: its training has not ended. Give the command "
+                         "that began it again: it goes on from the last checkpoint")
     model = Classifier(config_of(folder, "finetune"), len(settings["classes"]))
     load_weights(model, load_checkpoint(folder)["model"], folder)
     return model.eval()
@@ -372,7 +380,7 @@ class Predictor:
 
     @torch.no_grad()
     def __call__(self, text: str) -> dict:
-        """Probabilities by class, likeliest first; the share of unknown tokens; cut off or not."""
+        """Probabilities by class, largest first; the share of unknown tokens; cut off or not."""
         if self.pooling == "entities":
             check_marks(text, "a text to classify")
         table = encode_texts([text], self.tokenizer, self.max_length)
@@ -459,7 +467,9 @@ def finetune_task(tables: TaskTables, starts: Sequence[Start], recipe: FinetuneR
                          for seed in seeds_of_start])
         correct[kind] = over_starts(runs)
         found = interval(correct[kind], over)
-        last_loss = read_json(runs[-1][-1] / "results.json", "train_loss")["train_loss"]
+        results = [read_json(folder / "results.json", "train_loss") for of_start in runs
+                   for folder in of_start]
+        last_loss = np.mean([one["train_loss"] for one in results])
         label = f"{starts[0].model} {kind}"
         print(f"  {label:36}{found.mean:6.1f} %, {found.low:.1f} to {found.high:.1f} "
               f"({found.over}); last training loss {last_loss:.3f}; {runs[-1][-1]}")
@@ -497,7 +507,7 @@ def main() -> None:
     add_task_flags(parser)
     add = parser.add_argument
     add("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN", help="pre-training runs")
-    add("--model", choices=tuple(MODELS), default="bert-1", help="without --checkpoint")
+    add("--model", choices=tuple(MODELS), help="without --checkpoint (default bert-1)")
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="fine-tuning seeds")
     add("--no-scratch", action="store_true", help="leave out the twin from scratch")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for the recipe")
@@ -512,6 +522,10 @@ def main() -> None:
         return
     if args.run:
         raise InputError(f"{args.run}: to start from a run, write --checkpoint {args.run}")
+    if args.checkpoint and args.model:
+        raise InputError("--model: a checkpoint has its own model. Leave the flag out")
+    if args.no_scratch and not args.checkpoint:
+        raise InputError("--no-scratch: without --checkpoint there is nothing else to train")
     recipe = chosen_recipe(PRESETS[args.preset], args.set)
     print(runtime.reason, flush=True)
     if args.checkpoint and not args.data:
@@ -522,8 +536,8 @@ def main() -> None:
         check_checkpoints(args.checkpoint, data)
         starts = [start_of(checkpoint) for checkpoint in args.checkpoint]
     else:
-        config = base_config(args.model, PRETRAIN_PRESETS[args.preset], data)
-        starts = [Start(args.model, config)]
+        model = args.model or "bert-1"
+        starts = [Start(model, base_config(model, PRETRAIN_PRESETS[args.preset], data))]
     for name in chosen_tasks(args.task, data):
         own = recipe_for(name, recipe, args.preset)
         tables = make_tables(data, name, args.split, own.per_class, runtime)

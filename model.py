@@ -70,6 +70,7 @@ class BertConfig:
         return 2 * self.width if self.pooling == "entities" else self.width
 
 
+# The models of the paper.
 # name -> layers, width relative to the base width, channels of the stem, its kernel sizes
 MODELS: dict[str, tuple[int, float, int, tuple[int, ...]]] = {
     "bert-6": (6, 1, 0, ()),
@@ -86,8 +87,9 @@ def named_config(name: str, width: int = 768, heads: int = 12, **settings) -> Be
     """The configuration of a model in MODELS.
 
     width, heads: those of the base model. A wider or narrower model has as many more or fewer
-    heads, so that a head keeps its width where that is possible. settings: other fields of
-    BertConfig. Raises ValueError if they do not fit.
+    heads, so that a head keeps its width; if that is not possible, it has one. Its own width is
+    rounded to a multiple of 64. settings: other fields of BertConfig. Raises ValueError if they do
+    not fit.
     """
     layers, relative_width, channels, kernels = MODELS[name]
     if width < 64 or width % 64:
@@ -158,7 +160,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x: (..., T, C); mask: (B, 1, 1, T), 0 or -inf -> (..., T, C)."""
         q, k, v = self.project(x)
-        mask = mask.expand(*x.shape[:-2], 1, 1, -1).flatten(0, -4)  # the same for all members
+        # The mask is the same for all members: (B, 1, 1, T) -> (K * B, 1, 1, T)
+        mask = mask.expand(*x.shape[:-2], 1, 1, -1).flatten(0, -4)
         p = self.dropout if self.training else 0.0
         use_fused = self.fused if self.fused is not None else x.device.type != "cpu"
         if use_fused:
@@ -204,7 +207,7 @@ class Layer(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The paper's convolutional stem: it takes the (T, C) plane of a text for an image.
+    """The paper's convolutional stem: it treats the (T, C) matrix of a text as an image.
 
     Conv2d, BatchNorm and GELU for each kernel, then the same with a 1x1 kernel to one channel.
     Padding is 0 before each convolution and does not count in the BatchNorm's statistics, so a
@@ -319,7 +322,8 @@ def pool(hidden: Tensor, input_ids: Tensor, pooling: str) -> Tensor:
 
     hidden: (..., T, C); input_ids: (B, T) -> (..., C), or (..., 2 C) for "entities".
     "cls": the first token. "mean": the mean over the real tokens. "entities": the mean over the
-    first head entity, then the mean over the first tail entity, each with its opening mark.
+    first head entity, then the mean over the first tail entity, each with its opening mark. If a
+    text is cut off before its head, that mean is 0; before its tail, it is the last token, [SEP].
     """
     if pooling == "cls":
         return hidden[..., 0, :]
@@ -373,7 +377,7 @@ class Committee(nn.Module):
             alike.setdefault(member.config, []).append(member)
         self.groups = nn.ModuleList()
         for config, group in alike.items():
-            if config.conv_kernels:  # a stem has no stacked twin
+            if config.conv_kernels:  # a stem cannot be stacked
                 self.groups.extend(group)
             else:
                 self.groups.append(stack(group))
@@ -387,16 +391,16 @@ class Committee(nn.Module):
 def stack(members: Sequence[Classifier]) -> Classifier:
     """One model that computes K members of one shape: (B, T) -> logits (K, B, classes).
 
-    Each Linear, LayerNorm and Embedding becomes a twin whose weights have a member axis in front.
-    All other code is the same, since it leaves the axes before (T, C) alone.
+    Each Linear, LayerNorm and Embedding is replaced by a stacked version, whose weights have a
+    member axis in front. All other code is the same, since it leaves the axes before (T, C) alone.
     """
     stacked = copy.deepcopy(members[0])
     for name, part in members[0].named_modules():
-        twin = TWINS.get(type(part))
-        if twin:
+        stacked_version = STACKED.get(type(part))
+        if stacked_version:
             parent, _, child = name.rpartition(".")
             parts = [member.get_submodule(name) for member in members]
-            setattr(stacked.get_submodule(parent), child, twin(parts))
+            setattr(stacked.get_submodule(parent), child, stacked_version(parts))
     return stacked
 
 
@@ -439,7 +443,7 @@ class StackedEmbedding(nn.Module):
         return self.weight[:, ids]
 
 
-TWINS: dict[type, Callable[[Sequence[nn.Module]], nn.Module]] = {
+STACKED: dict[type, Callable[[Sequence[nn.Module]], nn.Module]] = {
     nn.Linear: StackedLinear, nn.LayerNorm: StackedLayerNorm, nn.Embedding: StackedEmbedding}
 
 
@@ -447,7 +451,7 @@ TWINS: dict[type, Callable[[Sequence[nn.Module]], nn.Module]] = {
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of trained numbers; tied embeddings count once."""
+    """The number of trainable parameters; tied embeddings count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -474,6 +478,8 @@ def print_stages(model: MaskedLM, input_ids: Tensor, positions: Tensor) -> None:
 
 
 def main() -> None:
+    from tokenizer import InputError, Parser  # here: the model itself needs nothing of the project
+
     parser = Parser(__doc__)
     parser.add_argument("--model", choices=tuple(MODELS), default="bert-1", help="which model")
     parser.add_argument("--width", type=int, default=768, help="base width (default %(default)s)")
@@ -489,6 +495,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from tokenizer import InputError, Parser, run_script
+    from tokenizer import run_script
 
     run_script(main)

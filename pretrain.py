@@ -58,8 +58,8 @@ from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer
 
 EVALUATION_MASK_RATE = 0.15  # always, so that losses can be compared
 SAVE_SECONDS = 60.0  # between two checkpoints
-LOG_LINES = 100  # in a run
-EVALUATIONS = 5  # in a run
+LOG_LINES = 100  # about so many in a run
+EVALUATIONS = 5  # about so many in a run
 
 
 # ---- recipes -------------------------------------------------------------------------------------
@@ -73,7 +73,8 @@ def option(default: Any, help: str, low: float = 0, high: float = 1e9, choices: 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What pre-training and fine-tuning have in common. The defaults are the authors' values."""
+    """What pre-training and fine-tuning have in common. The defaults are the authors' values; they
+    do not use Muon, so matrix_lr is ours."""
 
     epochs: int = option(50, "passes over the training texts", 1)
     steps: int = option(0, "optimizer steps (0: as many as the epochs make)")
@@ -135,8 +136,9 @@ def chosen_recipe(preset: Any, assignments: Sequence[str], flag: str = "--set") 
         if not about["choices"] and not about["low"] <= value <= about["high"]:
             raise InputError(f"{flag} {assignment}: must lie in {about['low']}..{about['high']:g}")
         chosen[name] = value
-    if "epochs" in chosen:
-        chosen.setdefault("steps", 0)  # else the preset's number of steps would count
+    if "epochs" in chosen:  # then the preset's own numbers of steps do not count
+        for name in {"steps", "min_steps"} & set(fields):
+            chosen.setdefault(name, 0)
     return dataclasses.replace(preset, **chosen)
 
 
@@ -207,7 +209,7 @@ def unigram_loss(train: TokenTable, held_out: TokenTable, vocab_size: int) -> fl
 def held_out_loss(model: Callable, table: DeviceTable, vocab_size: int,
                   runtime: Runtime) -> dict[str, float]:
     """Loss (nats) and accuracy on the held-out articles, always with the same masks."""
-    order = np.argsort(table.lengths, kind="stable")  # texts of like length together
+    order = np.argsort(table.lengths, kind="stable")  # texts of similar length together
     generator = torch.Generator().manual_seed(0)  # the CPU's, whatever the device is
     total, correct, count = 0.0, 0, 0
     for start in range(0, len(order), 64):
@@ -226,9 +228,10 @@ def held_out_loss(model: Callable, table: DeviceTable, vocab_size: int,
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, whose update is replaced by the nearest orthogonal matrix. Reference 3.
+    """SGD with Nesterov momentum; each update is made approximately orthogonal. Reference 3.
 
     torch.optim.Muon does the same, but in bf16 only, which is slow on a CPU without bf16 units.
+    The projection for query, key and value counts as one matrix here; three gave the same loss.
     """
 
     def __init__(self, matrices: Sequence[Tensor], lr: float, momentum: float = 0.95,
@@ -241,11 +244,11 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
-                if "velocity" not in self.state[p]:
-                    self.state[p]["velocity"] = torch.zeros_like(p)
-                velocity = self.state[p]["velocity"]
-                velocity.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(velocity, group["momentum"])  # Nesterov
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum_buffer = self.state[p]["momentum_buffer"]
+                momentum_buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(momentum_buffer, group["momentum"])  # Nesterov
                 by_shape.setdefault(p.shape, []).append((p, update))
             for (rows, columns), pairs in by_shape.items():
                 updates = torch.stack([update for _, update in pairs])
@@ -259,7 +262,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
     """(n, rows, columns) -> matrices with the same singular vectors and singular values near 1.
 
-    Newton-Schulz iteration with a quintic that pulls each singular value in (0, 1] to 0.7 .. 1.2.
+    Newton-Schulz iteration. After five steps most singular values lie between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.size(1) > g.size(2) else g
@@ -277,6 +280,8 @@ def make_optimizers(model: nn.Module, recipe: Recipe,
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         is_matrix = ".layers." in name and p.ndim == 2
         (matrices if is_matrix and recipe.optimizer == "muon" else rest).append(p)
     adamw = torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, recipe.beta2),
@@ -287,7 +292,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe,
 
 
 def schedule(recipe: Recipe, step: int, steps: int) -> float:
-    """The factor on the learning rates: it rises from 0 in the warm-up, then falls to 0."""
+    """The factor on the learning rates: a linear warm-up, then a linear decay to 0."""
     warmup = int(recipe.warmup * steps)
     return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
 
@@ -298,7 +303,7 @@ def schedule(recipe: Recipe, step: int, steps: int) -> float:
 class Batches:
     """Batches of text indices, by step. The order of an epoch depends on (seed, epoch) alone.
 
-    like_length: texts of like length share a batch, which saves padding.
+    like_length: texts of similar length share a batch, which saves padding.
     """
 
     def __init__(self, lengths: np.ndarray, recipe: Recipe, seed: int, like_length: bool) -> None:
@@ -325,10 +330,13 @@ def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
 
     loss_of(text indices): the summed loss of a batch, and the number of terms in that sum.
     evaluate(): figures for the log, EVALUATIONS times in a run.
-    Returns what results.json keeps of a training. Each step draws its random numbers after its
-    own seed is set. So a run that was interrupted gives the same bits as one that was not.
+    Returns what results.json keeps of a training. Each step sets its own random seed. So a run
+    that was interrupted and resumed gives exactly the same result (with the same device and
+    number of processes).
     """
     optimizers = make_optimizers(model, recipe, run.runtime.dtype)
+    # Loading a checkpoint replaces the groups and their learning rates. So the peaks are read
+    # before it, and the groups after it.
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     state = run.resume(model, optimizers)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -377,8 +385,8 @@ def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
                 run.save(state, model, optimizers)
                 saved = time.monotonic()
             if signal_number:
-                run.end_by_signal(signal_number, state.step)
-        if signal_number := largest_of_ranks(stop[0] if stop else 0):  # during the last save
+                break
+        if signal_number := largest_of_ranks(stop[0] if stop else 0):
             run.end_by_signal(signal_number, state.step)
     model.eval()
     return run.summary(state)
@@ -405,7 +413,8 @@ def stop_signals() -> Iterator[list[int]]:
 
 def pretrain(data: DataFolder, model_name: str, recipe: PretrainRecipe, seed: int, runtime: Runtime,
              max_articles: int = 0, name: str = "") -> Path:
-    """Pre-train a model on a data folder; returns its run folder. A finished run is kept as it is.
+    """Pre-train a model on a data folder; returns its run folder. A finished run is not trained
+    again.
 
     max_articles: train on the first so many articles, which are a random sample (0: all).
     name: of the run folder; made from the settings if it is empty. Raises InputError.
@@ -750,8 +759,8 @@ def data_of(run: Path) -> DataFolder:
     place = read_json(run / "data.json", "path", "id")
     data = open_folder(place["path"])
     if data.id != place["id"]:
-        raise InputError(f"{data.path}: was made anew with other contents since {run} was trained. "
-                         "Name a data folder with --data")
+        raise InputError(f"{data.path}: was made again with other contents since {run} was "
+                         "trained. Name a data folder with --data")
     return data
 
 
@@ -760,7 +769,11 @@ def data_of(run: Path) -> DataFolder:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how to compute. dtype: of matrix products; sums and weights stay in fp32."""
+    """Where and how to compute.
+
+    dtype: of matrix products. Weights stay in float32. On a CPU with bf16, the hidden states
+    between the layers are bf16 too.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -833,6 +846,7 @@ def keep_freed_memory() -> None:
 # ---- several processes ---------------------------------------------------------------------------
 # torchrun starts several processes, the ranks. Each holds the whole model, draws the masks of the
 # whole batch, and computes its own rows. The gradients are added up, so all make the same step.
+# A convolutional stem is the exception: each rank has the batch statistics of its own rows.
 
 
 def rank() -> int:
@@ -850,7 +864,7 @@ def rows_of_this_rank(masked_ids: Tensor, positions: Tensor,
     share = math.ceil(B / world_size())
     first, last = min(B, rank() * share), min(B, (rank() + 1) * share)
     mine = (positions >= first * T) & (positions < last * T)
-    torch.manual_seed(torch.initial_seed() + rank())  # each rank has its own dropout
+    torch.manual_seed(torch.initial_seed() + 1 + rank())  # each rank has its own dropout
     return masked_ids[first:last], positions[mine] - first * T, labels[mine]
 
 
@@ -928,7 +942,7 @@ def encode_with_masks(text: str, tokenizer: Tokenizer, max_length: int) -> Tenso
 
 @torch.no_grad()
 def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
-    """The likeliest pieces, with their probabilities, for each [MASK] of a text."""
+    """The most probable pieces, with their probabilities, for each [MASK] of a text."""
     model, tokenizer = load_masked_lm(folder)
     if "[MASK]" not in text:
         raise InputError("--fill-mask: the text has no [MASK] in it")
@@ -956,7 +970,7 @@ def show(folder: Path, text: str) -> None:
     def piece(token: int | Tensor) -> str:
         return tokenizer.pieces.id_to_piece(int(token))
 
-    print(f"{'place':>5} {'text':16}{'input':16}{'label':16}{'p(label)':>8}  likeliest")
+    print(f"{'place':>5} {'text':16}{'input':16}{'label':16}{'p(label)':>8}  most probable")
     for place in range(T):
         label = label_at.get(place, -100)
         columns = f"{place:5} {piece(input_ids[0, place]):16}{piece(masked_ids[0, place]):16}"

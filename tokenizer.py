@@ -55,14 +55,14 @@ class InputError(Exception):
 def in_one_line(error: Exception) -> str:
     """The message of an InputError, or of an OSError such as "permission denied"."""
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}. Name another place, or make this one usable"
+        return f"{error.filename}: {error.strerror}. Choose another path, or change the permissions"
     return str(error)
 
 
 def run_script(main: Callable[[], object]) -> None:
     """Run a script's main(). Bad input ends in one line and exit status 2, Ctrl-C in status 130."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks ends no run
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -75,7 +75,7 @@ def run_script(main: Callable[[], object]) -> None:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it can", file=sys.stderr)
+        print("interrupted; the same command continues an interrupted run", file=sys.stderr)
         sys.exit(130)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from finetune import (PRESETS, Predictor, check_checkpoints, finetune, interval,
                       inverse_document_frequency, is_correct, load_logits, logistic_regression,
                       over_starts, piece_features, recipe_for, start_of, yardsticks)
 from material import articles, corpus_of, on_cpu, pretrain_run, small_tokenizer, tables_of
-from model import vote
+from model import Classifier, named_config, vote
 from pretrain import PRESETS as PRETRAIN_PRESETS
+from pretrain import chosen_recipe, make_optimizers
 from tokenizer import FIRST_PIECE
 
 SMOKE = PRETRAIN_PRESETS["smoke"]
@@ -135,6 +137,28 @@ def test_recipes() -> None:
     assert recipe_for("fewrel", PRESETS["paper"], "paper").per_class == 0
     assert PRESETS["quick"].total_steps(3) == 100 and PRESETS["quick"].total_steps(50) == 250
     assert replace(PRESETS["quick"], steps=7).total_steps(3) == 7
+    assert chosen_recipe(PRESETS["quick"], ["epochs=1"]).total_steps(3) == 3
+
+
+def test_an_unfinished_checkpoint_is_refused(checkpoints: list[Path], tmp_path: Path) -> None:
+    unfinished = shutil.copytree(checkpoints[0], tmp_path / "unfinished")
+    (unfinished / "results.json").unlink()
+    with pytest.raises(InputError, match="unfinished: its pre-training has not ended"):
+        start_of(unfinished)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_bert_stays_as_it_is(optimizer: str) -> None:
+    """The exercise in finetune.py: the optimizers leave frozen parameters alone."""
+    model = Classifier(named_config("bert-1", 64, 1, vocab_size=50, max_length=16), 3)
+    model.bert.requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizers = make_optimizers(model, replace(PRESETS["quick"], optimizer=optimizer))
+    model(torch.full((2, 8), 7)).square().sum().backward()
+    for one in optimizers:
+        one.step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith("bert.")
 
 
 def test_a_pretrained_model_and_its_twin(corpus: DataFolder, checkpoints: list[Path],

@@ -255,7 +255,7 @@ def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_p
     assert "holds 0 articles" in run("pretrain.py", *runs, "--data", tmp_path / "data/labels", status=2)
     write_articles(tmp_path / "other.jsonl.gz", 150, seed=8)
     run("data.py", "prepare", place, "--preset", "smoke", "--articles", tmp_path / "other.jsonl.gz", "--fresh")
-    assert "was made anew" in run("finetune.py", *runs, "--checkpoint", checkpoint, status=2)
+    assert "was made again" in run("finetune.py", *runs, "--checkpoint", checkpoint, status=2)
     assert "made with other settings" in run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2", status=2)
     assert "has no task 'agnews'" in run("finetune.py", *runs, "--data", material / "data/own", "--task", "agnews", status=2)
     dev = run("finetune.py", *runs, "--data", material / "data/own", "--split", "dev", "--confusion")
@@ -303,6 +303,9 @@ PREPARE = ["data.py", "prepare", "NEW", "--preset", "smoke"]
     (["pretrain.py", "--sede", "1"], "did you mean --seed?"),
     (["finetune.py", "--checkpoint", "nowhere"], "nowhere"),
     (["finetune.py", "--predict", "x"], "--predict: name a finished run"),
+    (["finetune.py", "--data", "OWN", "--no-scratch"], "there is nothing else to train"),
+    (["finetune.py", "--checkpoint", "x", "--model", "bert-6"], "a checkpoint has its own model"),
+    (["committee.py", "--data", "OWN", "--members", "1", "--member-model", "bert-1", "bert-1-wide"], "2 models and 1 members"),
     (["committee.py", "--data", "OWN", "--deep", "bert-1"], "is a member too"),
     (["committee.py", "--data", "OWN", "--finetune-set", "pooling=max"], "there are cls and mean and entities"),
     (["model.py", "--model", "bert-7"], "did you mean bert-6?"),
