@@ -47,7 +47,8 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
             text = (run / "log.jsonl").read_text(encoding="utf-8")
             lines = [json.loads(line) for line in text.splitlines()]
         curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        held_out = [(line["step"], line["held_out_loss"]) for line in lines if "held_out_loss" in line]
+        held_out = [(line["step"], line["held_out_loss"]) for line in lines
+                    if "held_out_loss" in line]
         steps, losses = zip(*curve)
         leaves = break_step(steps, losses, results["unigram_loss"])
         where = f"leaves the baseline at step {leaves}" if leaves else "stays at the baseline"

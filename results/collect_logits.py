@@ -1,6 +1,8 @@
-"""All fine-tuned models' logits of the test rows in one small file, from which committees can be computed later.
+"""All fine-tuned models' logits of the test rows in one small file, for committees of them.
 
-    python results/collect_logits.py runs/finetune logits.npz      a float16 array (rows, classes) for each run, and its labels
+    python results/collect_logits.py runs/finetune logits.npz
+
+The file holds a float16 array (rows, classes) for each run, and its labels.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from data import run_script, write_atomically  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, help="a folder of fine-tuned runs")
     parser.add_argument("out", type=Path, help="the .npz file to write")
     args = parser.parse_args()
