@@ -517,8 +517,9 @@ def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path, monkey
         pretrain.load_masked_lm(imported[1])
     labels = [write_task_file(tmp_path / "train.csv", 12)]
     folder = prepared_folder(tmp_path / "data/own", labels=labels, tokenizer=tmp_path / "my.model")
-    call(monkeypatch, finetune, "--checkpoint", *imported, "--preset", "smoke", "--device", "cpu", "--dtype", "fp32", "--runs-dir", runs_dir,
-         "--no-scratch", "--data", folder)
+    for checkpoint in imported:  # imports have no seed: each is a start of its own
+        call(monkeypatch, finetune, "--checkpoint", checkpoint, "--preset", "smoke", "--device", "cpu", "--dtype", "fp32", "--runs-dir",
+             runs_dir, "--no-scratch", "--data", folder)
     assert len(list((runs_dir / "finetune").glob("*-own-*/results.json"))) == 1
     assert len(list((runs_dir / "finetune").glob("*-other-*/results.json"))) == 1
 
