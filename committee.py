@@ -241,7 +241,7 @@ def report_task(tables: TaskTables, trained: Sequence[Trained], job: Job) -> dic
             print(found.sentence(f"{label}: pre-training gives"))
     result = {"yardsticks": known, "table": record}
     if job.deep != "none":
-        committee = committee_correct([x for x in trained if x.kind == "pre-trained"], job.members)
+        committee = list(rows.values())[-1]["pre-trained"]  # the last row has all members
         pairs_of_repeats = zip(committee, rows[job.deep]["pre-trained"])
         against = interval([a - b for a, b in pairs_of_repeats])
         print(against.sentence(f"committee of {job.members} against {job.deep}:"))
@@ -336,9 +336,10 @@ def run_job(job: Job, data: DataFolder, jobs: int) -> None:
     models = planned_models(job)
     if not jobs:
         jobs = min(4, torch.get_num_threads()) if job.runtime.device.type == "cpu" else 1
-    if min(jobs, len(models)) > 1:
-        print(f"{len(models)} models, {min(jobs, len(models))} at a time", flush=True)
-        train_in_parallel(models, job, min(jobs, len(models)))
+    jobs = min(jobs, len(models))
+    if jobs > 1:
+        print(f"{len(models)} models, {jobs} at a time", flush=True)
+        train_in_parallel(models, job, jobs)
         job = replace(job, runtime=replace(job.runtime, fresh=False))
     tables = tables_of(job, data)
     trained: list[Trained] = []

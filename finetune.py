@@ -112,13 +112,19 @@ class Start:
         return replace(self, checkpoint=None)
 
 
+def check_finished(folder: Path, what: str) -> None:
+    """Raises InputError if a run has not ended. what: "training" or "pre-training"."""
+    if not (folder / "results.json").exists():
+        raise InputError(f"{folder}: its {what} has not ended. Give the command that began it "
+                         "again: it goes on from the last checkpoint")
+
+
 def start_of(checkpoint: Path) -> Start:
     """A finished pre-training run as a start. Raises InputError if its training has not ended."""
     settings = load_settings(checkpoint, "pretrain")
     is_imported = "recipe" not in settings
-    if not is_imported and not (checkpoint / "results.json").exists():
-        raise InputError(f"{checkpoint}: its pre-training has not ended. Give the command that "
-                         "began it again: it goes on from the last checkpoint")
+    if not is_imported:
+        check_finished(checkpoint, "pre-training")
     return Start(settings["model"], config_of(checkpoint), checkpoint, settings["seed"])
 
 
@@ -261,11 +267,15 @@ def interval(values: Sequence[np.ndarray], what: str = "seeds") -> Interval:
 DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
+def distinct_pieces(table: TokenTable, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(text, piece) of each piece of each text; a piece counts once in a text."""
+    text = np.repeat(np.arange(len(table)), table.lengths)
+    return np.divmod(np.unique(text * vocab_size + table.tokens), vocab_size)
+
+
 def piece_features(table: TokenTable, idf: np.ndarray) -> Tensor:
     """A sparse matrix (texts, V): the idf of each piece in a text, each row of length 1."""
-    text = np.repeat(np.arange(len(table)), table.lengths)
-    cells = np.unique(text * len(idf) + table.tokens)  # a piece counts once in a text
-    text, piece = np.divmod(cells, len(idf))
+    text, piece = distinct_pieces(table, len(idf))
     length = np.sqrt(np.bincount(text, weights=idf[piece] ** 2, minlength=len(table)))
     values = torch.from_numpy((idf[piece] / np.maximum(length[text], 1e-9)).astype(np.float32))
     places = torch.from_numpy(np.stack([text, piece]))
@@ -274,9 +284,8 @@ def piece_features(table: TokenTable, idf: np.ndarray) -> Tensor:
 
 def inverse_document_frequency(table: TokenTable, vocab_size: int) -> np.ndarray:
     """log(texts / texts with the piece), for each piece; 0 for special tokens: (V,)."""
-    text = np.repeat(np.arange(len(table)), table.lengths)
-    pieces = np.unique(text * vocab_size + table.tokens) % vocab_size
-    texts_with = np.bincount(pieces, minlength=vocab_size)
+    _, piece = distinct_pieces(table, vocab_size)
+    texts_with = np.bincount(piece, minlength=vocab_size)
     idf = np.log(len(table) / np.maximum(texts_with, 1))
     idf[:FIRST_PIECE] = 0
     return idf
@@ -357,9 +366,7 @@ def print_confusion(folder: Path, tables: TaskTables, top: int = 5) -> None:
 def load_classifier(folder: Path) -> Classifier:
     """The classifier of a finished run, on the CPU. Raises InputError if it is not finished."""
     settings = load_settings(folder, "finetune")
-    if not (folder / "results.json").exists():
-        raise InputError(f"{folder}: its training has not ended. Give the command "
-                         "that began it again: it goes on from the last checkpoint")
+    check_finished(folder, "training")
     model = Classifier(config_of(folder, "finetune"), len(settings["classes"]))
     load_weights(model, load_checkpoint(folder)["model"], folder)
     return model.eval()

@@ -707,11 +707,13 @@ def read_json(path: Path, *required: str) -> dict:
 
 def load_settings(folder: Path, kind: str) -> dict:
     """The settings of a run. kind: "pretrain" or "finetune". Raises InputError."""
-    required = {"pretrain": "model", "finetune": "classes"}[kind]
-    settings = read_json(folder / "config.json", "kind")
+    path = folder / "config.json"
+    settings = read_json(path, "kind", "config", "seed", "tokenizer")
     if settings["kind"] != kind:
         raise InputError(f"{folder}: not a {kind} run; name a folder in runs/{kind}")
-    return read_json(folder / "config.json", "config", "seed", "tokenizer", required)
+    with damage_named(path):
+        settings["model" if kind == "pretrain" else "classes"]  # noqa: B018
+    return settings
 
 
 def config_of(folder: Path, kind: str = "pretrain") -> BertConfig:

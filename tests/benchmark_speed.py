@@ -133,7 +133,7 @@ def our_config(bench: Bench, model: str):
 
 
 def our_classifier(bench: Bench, model: str) -> Classifier:
-    return Classifier(our_config(bench, model), len(bench.data.meta["tasks"][bench.task]["classes"]))
+    return Classifier(our_config(bench, model), classes_of(bench))
 
 
 def our_prediction(bench: Bench) -> Rates:
