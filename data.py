@@ -23,7 +23,6 @@ from __future__ import annotations
 import bz2
 import codecs
 import csv
-import errno
 import glob
 import gzip
 import hashlib
@@ -53,6 +52,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 from xml.etree import ElementTree
@@ -63,8 +63,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, run_script
-from tokenizer import save_tokenizer, train_tokenizer
+from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, full_disk_named
+from tokenizer import run_script, save_tokenizer, train_tokenizer, write_atomically
 
 if sys.platform == "win32":
     import msvcrt
@@ -74,41 +74,7 @@ else:
 SPLIT_SEED = 42  # of everything that is drawn once: the order of articles, the rows of a task
 
 
-# ---- files that are whole or not there -----------------------------------------------------------
-
-
-@contextmanager
-def full_disk_named(path: Path | str) -> Iterator[None]:
-    """Turn a full disk, a quota or a limit on file sizes into an InputError that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise InputError(f"no space left on the disk while writing {path} ({error.strerror}). "
-                         "Free some, then run the same command again") from error
-
-
-@contextmanager
-def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
-    """Open a file that gets the name `path` only when it is complete and on the disk.
-
-    mode: "wb", or "w" for UTF-8 text. Whatever interrupts the writing, the old file stays.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # same folder: a rename is atomic
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoding = None if "b" in mode else "utf-8"
-    newline = None if "b" in mode else "\n"  # the same bytes on every system
-    try:
-        with full_disk_named(path):
-            with open(temporary, mode, encoding=encoding, newline=newline) as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# ---- locks and hashes ----------------------------------------------------------------------------
 
 
 def _os_lock(descriptor: int, take: bool) -> None:
@@ -873,6 +839,7 @@ def fetch_vital(raw_dir: Path) -> Path:
     return wheel
 
 
+@cache
 def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
     """10,033 lead extracts of Wikipedia's "vital articles": {"title", "extract", "topic", ...}."""
     wheel = fetch_vital(raw_dir)

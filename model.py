@@ -87,9 +87,8 @@ def named_config(name: str, width: int = 768, heads: int = 12, **settings) -> Be
     """The configuration of a model in MODELS.
 
     width, heads: those of the base model. A wider or narrower model has as many more or fewer
-    heads, so that a head keeps its width; if that is not possible, it has one. Its own width is
-    rounded to a multiple of 64. settings: other fields of BertConfig. Raises ValueError if they do
-    not fit.
+    heads, so that a head keeps its width. Its own width is rounded to a multiple of 64.
+    settings: other fields of BertConfig. Raises ValueError if they do not fit.
     """
     layers, relative_width, channels, kernels = MODELS[name]
     if width < 64 or width % 64:
@@ -97,8 +96,7 @@ def named_config(name: str, width: int = 768, heads: int = 12, **settings) -> Be
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of {heads} heads")
     own_width = max(64, round(width * relative_width / 64) * 64)
-    head_width = width // heads
-    own_heads = own_width // head_width if own_width % head_width == 0 else 1
+    own_heads = max(1, own_width // (width // heads))
     return BertConfig(layers=layers, width=own_width, heads=own_heads, conv_channels=channels,
                       conv_kernels=kernels, **settings)
 

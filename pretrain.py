@@ -52,8 +52,8 @@ from tqdm import tqdm
 from data import DataFolder, DeviceTable, InputError, Request, TokenTable, batch_order
 from data import data_path, default_name, file_lock, full_disk_named, open_folder, prepare
 from data import run_script, setting_differences, write_atomically
-from model import MODELS, NORMS, BertConfig, MaskedLM, StackedLinear, attention_weights
-from model import count_parameters, named_config
+from model import MODELS, NORMS, BertConfig, MaskedLM, StackedLinear, count_parameters
+from model import named_config
 from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer
 
 EVALUATION_MASK_RATE = 0.15  # always, so that losses can be compared
@@ -602,10 +602,10 @@ class Run:
         return state
 
     def end_by_signal(self, number: int, step: int) -> None:
-        """End the process as a signal asks it to. The state is saved already."""
+        """End the process as a signal asks it to. The state is saved already, if it is finite."""
         if rank() == 0:
-            print(f"stopped at step {step}; the same command (without --fresh) goes on from there",
-                  file=sys.stderr)
+            print(f"stopped at step {step}; the same command (without --fresh) goes on from the "
+                  "last checkpoint", file=sys.stderr)
         sys.exit(128 + number)
 
     def summary(self, state: TrainingState) -> dict[str, Any]:
@@ -960,7 +960,7 @@ def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, flo
 
 @torch.no_grad()
 def show(folder: Path, text: str) -> None:
-    """Print how a text is masked and what the model predicts; then each head's attention."""
+    """Print how a text is masked, and what the model predicts at each masked place."""
     model, tokenizer = load_masked_lm(folder)
     input_ids = encode_with_masks(text, tokenizer, model.config.max_length)
     V, T = tokenizer.vocab_size, input_ids.size(1)
@@ -980,31 +980,6 @@ def show(folder: Path, text: str) -> None:
             best = piece(probabilities[place].argmax())
             columns += f"{piece(label):16}{probabilities[place, label]:8.4f}  {best}"
         print(columns.rstrip())
-    print_attention(model, masked_ids, [piece(i) for i in masked_ids[0]])
-
-
-def print_attention(model: MaskedLM, input_ids: Tensor, names: Sequence[str]) -> None:
-    """Print the attention weights of each head of each layer over one text, in percent."""
-    seen: list[Tensor] = []  # the input of each attention
-
-    def hook(module: nn.Module, inputs: tuple) -> None:
-        seen.append(inputs[0])
-
-    attentions: list[Any] = [layer.attention for layer in model.bert.layers]
-    handles = [attention.register_forward_pre_hook(hook) for attention in attentions]
-    model.bert(input_ids)
-    for handle in handles:
-        handle.remove()
-    no_padding = torch.zeros(1, 1, 1, input_ids.size(1))
-    for number, (attention, x) in enumerate(zip(attentions, seen), 1):
-        query, key, _ = attention.project(x)
-        for head, weights in enumerate(attention_weights(query, key, no_padding)[0], 1):
-            print(f"\nlayer {number}, head {head}: how much a row's token attends to a column's, "
-                  "in % (5 and more)")
-            print(" " * 12 + "".join(f"{name[:5]:>6}" for name in names))
-            for name, row in zip(names, weights.tolist()):
-                cells = "".join(f"{100 * w:6.0f}" if w >= 0.05 else " " * 6 for w in row)
-                print(f"{name[:11]:>11} {cells}".rstrip())
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -1041,8 +1016,7 @@ def main() -> None:
     add("--name", default="", metavar="RUN", help="of the run folder (default: from the settings)")
     add("--compile", action="store_true", help="use torch.compile (meant for a GPU)")
     add("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what RUN puts in place of [MASK]")
-    add("--show", nargs=2, metavar=("TEXT", "RUN"), help="how TEXT is masked, what RUN predicts, "
-        "and where its heads attend")
+    add("--show", nargs=2, metavar=("TEXT", "RUN"), help="how TEXT is masked, what RUN predicts")
     add_run_flags(parser)
     args = parser.parse_args()
     if args.fill_mask:

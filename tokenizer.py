@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import hashlib
 import io
 import os
@@ -20,8 +21,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import numpy as np
 import sentencepiece as spm
@@ -77,6 +79,40 @@ def run_script(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command continues an interrupted run", file=sys.stderr)
         sys.exit(130)
+
+
+@contextmanager
+def full_disk_named(path: Path | str) -> Iterator[None]:
+    """Turn a full disk, a quota or a limit on file sizes into an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise InputError(f"no space left on the disk while writing {path} ({error.strerror}). "
+                         "Free some, then run the same command again") from error
+
+
+@contextmanager
+def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+    """Open a file that gets the name `path` only when it is complete and on the disk.
+
+    mode: "wb", or "w" for UTF-8 text. Whatever interrupts the writing, the old file stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # same folder: a rename is atomic
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encoding = None if "b" in mode else "utf-8"
+    newline = None if "b" in mode else "\n"  # the same bytes on every system
+    try:
+        with full_disk_named(path):
+            with open(temporary, mode, encoding=encoding, newline=newline) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -200,15 +236,10 @@ def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
     vocabulary = ""
     for i in range(tokenizer.vocab_size):
         vocabulary += f"{tokenizer.pieces.id_to_piece(i)}\t{tokenizer.pieces.get_score(i):.4f}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    contents = {path.with_suffix(".vocab"): vocabulary.encode("utf-8"), path: tokenizer.model}
-    for place, content in contents.items():
-        part = place.with_name(place.name + ".tmp")
-        try:
-            part.write_bytes(content)
-            os.replace(part, place)  # a file that was there stays until the new one is complete
-        finally:
-            part.unlink(missing_ok=True)
+    with write_atomically(path.with_suffix(".vocab"), "w") as file:
+        file.write(vocabulary)
+    with write_atomically(path) as file:
+        file.write(tokenizer.model)
 
 
 def main() -> None:

@@ -1,25 +1,31 @@
 """extras/plots.py - pictures of finished runs. It imports the six scripts; none of them imports it.
 
-    pip install matplotlib
+    pip install -r extras/requirements.txt
     python -m extras.plots losses runs/pretrain/RUN1 runs/pretrain/RUN2 --out losses.png
+    python -m extras.plots attention runs/pretrain/RUN --text "Paris is in France." --out heads.png
     python -m extras.plots accuracies runs/committee/RUN --out accuracies.png
+    python -m extras.plots sizes runs/committee/RUN --out sizes.png
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from data import write_atomically
-from pretrain import damage_named, read_json
-from tokenizer import InputError, Parser, run_script
+from model import attention_weights
+from pretrain import damage_named, encode_with_masks, load_masked_lm, read_json
+from tokenizer import InputError, Parser, run_script, write_atomically
 
 COLOURS = {"pre-trained": "#0072B2", "from scratch": "#D55E00"}  # safe for the colour-blind
 
@@ -87,6 +93,77 @@ def plot_accuracies(run: Path, out: Path) -> None:
     save(figure, out)
 
 
+def plot_sizes(run: Path, out: Path) -> None:
+    """Accuracy of the vote against the number of members, beside the deep model's."""
+    results = read_json(run / "results.json", "tasks", "settings")
+    deep, most = results["settings"]["deep"], results["settings"]["members"]
+    figure, panels = plt.subplots(1, len(results["tasks"]), figsize=(5 * len(results["tasks"]), 4),
+                                  squeeze=False, layout="constrained")
+    for axes, (task, about) in zip(panels[0], results["tasks"].items()):
+        table = about["table"]
+        for kind, colour in COLOURS.items():
+            sizes, found = [], []
+            for label, row in table.items():
+                if label.endswith("one member"):
+                    sizes.append(1)
+                    found.append(row[kind])
+                elif match := re.match(r"committee of (\d+)", label):
+                    sizes.append(int(match[1]))
+                    found.append(row[kind])
+            means = np.array([one["mean"] for one in found])
+            low = means - np.array([one["low"] for one in found])
+            high = np.array([one["high"] for one in found]) - means
+            axes.errorbar(sizes, means, [low, high], color=colour, marker="o", capsize=3,
+                          label=f"committee, {kind}")
+            if deep in table:
+                own = table[deep][kind]
+                axes.axhline(own["mean"], color=colour, linestyle="--", label=f"{deep}, {kind}")
+                axes.axhspan(own["low"], own["high"], color=colour, alpha=0.1, linewidth=0)
+        axes.set(title=task, xlabel="members of the committee", xticks=range(1, most + 1),
+                 ylabel="accuracy in %, with 95 % intervals")
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, ncols=2, loc="outside upper center", frameon=False)
+    save(figure, out)
+
+
+@torch.no_grad()
+def attention_of(run: Path, text: str) -> tuple[list[str], list[Tensor]]:
+    """The tokens of a text, and each layer's attention weights over it: (heads, T, T)."""
+    model, tokenizer = load_masked_lm(run)
+    input_ids = encode_with_masks(text, tokenizer, model.config.max_length)
+    inputs: list[Tensor] = []  # of each attention
+
+    def hook(module: nn.Module, arguments: tuple) -> None:
+        inputs.append(arguments[0])
+
+    attentions: list[Any] = [layer.attention for layer in model.bert.layers]
+    for attention in attentions:
+        attention.register_forward_pre_hook(hook)
+    model.bert(input_ids)
+    weights = []
+    for attention, x in zip(attentions, inputs):
+        query, key, _ = attention.project(x)
+        weights.append(attention_weights(query, key, torch.zeros(1, 1, 1, x.size(1)))[0])
+    return [tokenizer.pieces.id_to_piece(int(i)) for i in input_ids[0]], weights
+
+
+def plot_attention(run: Path, text: str, out: Path) -> None:
+    """How much each token (row) attends to each token (column): a panel for each head."""
+    tokens, weights = attention_of(run, text)
+    rows, columns, T = len(weights), len(weights[0]), len(tokens)
+    side = max(2.0, 0.16 * T)
+    figure, panels = plt.subplots(rows, columns, figsize=(columns * side + 2, rows * side + 1),
+                                  squeeze=False, layout="constrained", sharex=True, sharey=True)
+    for layer, (of_layer, line) in enumerate(zip(weights, panels), 1):
+        for head, (of_head, axes) in enumerate(zip(of_layer, line), 1):
+            image = axes.imshow(of_head.numpy(), cmap="viridis", vmin=0, vmax=1)
+            axes.set_title(f"layer {layer}, head {head}", fontsize=8)
+            axes.set_xticks(range(T), tokens, rotation=90, fontsize=6)
+            axes.set_yticks(range(T), tokens, fontsize=6)
+    figure.colorbar(image, ax=panels, label="attention weight; a row sums to 1", shrink=0.6)
+    save(figure, out)
+
+
 def save(figure: plt.Figure, out: Path) -> None:
     with write_atomically(out) as file:
         figure.savefig(file, format="png", dpi=150, bbox_inches="tight")
@@ -96,16 +173,23 @@ def save(figure: plt.Figure, out: Path) -> None:
 
 def main() -> None:
     parser = Parser(__doc__, prog="python -m extras.plots")
-    parser.add_argument("what", choices=("losses", "accuracies"))
+    parser.add_argument("what", choices=("losses", "attention", "accuracies", "sizes"))
     parser.add_argument("run", nargs="+", type=Path, help="pre-training runs, or a committee's")
+    parser.add_argument("--text", default="", help="for attention")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .png to write")
     args = parser.parse_args()
+    if args.what != "losses" and len(args.run) > 1:
+        raise InputError(f"{args.what}: name one run")
+    if args.what == "attention" and not args.text:
+        raise InputError("attention: name a sentence with --text")
     if args.what == "losses":
         plot_losses(args.run, args.out)
-    elif len(args.run) > 1:
-        raise InputError("accuracies: name one run, a folder in runs/committee")
-    else:
+    elif args.what == "attention":
+        plot_attention(args.run[0], args.text, args.out)
+    elif args.what == "accuracies":
         plot_accuracies(args.run[0], args.out)
+    else:
+        plot_sizes(args.run[0], args.out)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
 from data import InputError
-from extras.plots import break_step, plot_accuracies, plot_losses
+from extras.plots import attention_of, break_step, plot_accuracies, plot_attention, plot_losses
+from extras.plots import plot_sizes
 from material import articles, corpus_of, pretrain_run, small_tokenizer
-from pretrain import PRESETS
+from pretrain import PRESETS, encode_with_masks, load_masked_lm
 
 
 def test_the_break_of_a_loss_curve() -> None:
@@ -39,9 +41,34 @@ def test_loss_curves(tmp_path: Path) -> None:
 def test_accuracies(tmp_path: Path) -> None:
     interval = {"mean": 60.0, "low": 50.0, "high": 65.0, "over": "seeds"}
     row = {"pre-trained": interval, "from scratch": interval}
-    task = {"table": {"bert-6": row, "committee of 2 bert-1": row},
+    task = {"table": {"bert-6": row, "bert-1, one member": row, "committee of 2 bert-1": row},
             "yardsticks": {"largest class": 0.2, "logistic regression": 0.5}}
-    record = json.dumps({"tasks": {"a": task, "b": task}})
+    settings = {"deep": "bert-6", "members": 2}
+    record = json.dumps({"tasks": {"a": task, "b": task}, "settings": settings})
     (tmp_path / "results.json").write_text(record, encoding="utf-8")
     plot_accuracies(tmp_path, tmp_path / "accuracies.png")
-    assert (tmp_path / "accuracies.png").read_bytes().startswith(b"\x89PNG")
+    plot_sizes(tmp_path, tmp_path / "sizes.png")
+    for name in ("accuracies.png", "sizes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_attention(tmp_path: Path) -> None:
+    """The weights are softmax(q k / sqrt(D)) of what the layer really sees."""
+    texts = [a["text"] for a in articles(60)]
+    corpus = corpus_of(texts[20:], texts[:20], small_tokenizer())
+    recipe = replace(PRESETS["smoke"], width=128, heads=2)
+    run = pretrain_run("bert-1", recipe, corpus, 0, tmp_path / "runs")
+    text = "The river of France crosses the city."
+    tokens, (weights,) = attention_of(run, text)
+    model, tokenizer = load_masked_lm(run)
+    input_ids = encode_with_masks(text, tokenizer, 32)
+    assert tokens == [tokenizer.pieces.id_to_piece(int(i)) for i in input_ids[0]]
+    layer = model.bert.layers[0]
+    x = model.bert.token(input_ids) + model.bert.position.weight[: len(tokens)]
+    q, k, _ = layer.attention.qkv(layer.attention_norm(x))[0].detach().chunk(3, -1)
+    for head in (0, 1):
+        own = slice(64 * head, 64 * head + 64)
+        expected = (q[:, own] @ k[:, own].T / 8).softmax(-1)
+        assert torch.allclose(weights[head], expected, atol=1e-6)
+    plot_attention(run, text, tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")

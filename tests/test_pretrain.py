@@ -330,31 +330,19 @@ def test_weights_are_rounded_once_for_inference(name: str) -> None:
 
 
 def test_show(corpus: DataFolder, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The masks, the predictions and the attention are those of a real forward pass."""
-    recipe = replace(SMOKE, width=128, heads=2)
-    folder = pretrain_run("bert-1", recipe, corpus, 0, tmp_path)
+    """The masks and the predictions are those of a real forward pass."""
+    folder = pretrain_run("bert-1", SMOKE, corpus, 0, tmp_path)
     capsys.readouterr()
     text = "The river of France crosses the city."
     show(folder, text)
-    table, *heads = re.split(r"^layer 1, head \d.*\n.*\n", capsys.readouterr().out, flags=re.M)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     model, tokenizer = load_masked_lm(folder)
     input_ids = encode_with_masks(text, tokenizer, 32)
-    T = input_ids.size(1)
     torch.manual_seed(0)
     masked, positions, labels = mask_tokens(input_ids, 200, 0.25)
-    rows = [line.split() for line in table.strip("\n").splitlines()[1:]]
     assert [row[1] for row in rows] == [tokenizer.pieces.id_to_piece(int(i)) for i in input_ids[0]]
     assert [row[2] for row in rows] == [tokenizer.pieces.id_to_piece(int(i)) for i in masked[0]]
     probabilities = model(masked, positions).softmax(-1)
     for place, label, p in zip(positions.tolist(), labels.tolist(), probabilities):
         if label >= 0:
             assert rows[place][3:5] == [tokenizer.pieces.id_to_piece(label), f"{p[label]:.4f}"]
-    layer = model.bert.layers[0]
-    x = model.bert.token(masked) + model.bert.position.weight[:T]
-    query, key, _ = layer.attention.project(layer.attention_norm(x))
-    weights = (query @ key.mT / 8).softmax(-1)[0]  # (H, T, T), heads 64 wide
-    assert len(heads) == 2
-    for head, expected in zip(heads, weights):
-        for line, row in zip(head.strip("\n").splitlines(), expected, strict=True):
-            cells = [line[12 + 6 * i : 18 + 6 * i].strip() for i in range(T)]
-            assert cells == [f"{100 * w:.0f}" if w >= 0.05 else "" for w in row.tolist()]
