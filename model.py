@@ -122,8 +122,8 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
 
     q, k: (B, H, T, D); mask: (B, 1, 1, T), 0 at real tokens, -inf at padding -> (B, H, T, T).
     """
-    # Exercise: let a token attend only to itself and to those before it, as a GPT does (set
-    # Attention.fused = False). Does the loss rise?
+    # Exercise: let a token attend only to itself and to those before it, as a GPT does. Set
+    # Attention.fused to False below, and train with --fresh. How much does the loss rise?
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
     return scores.add_(mask).softmax(dim=-1)  # exp(-inf) = 0: nobody attends to padding
 
@@ -265,6 +265,8 @@ class Bert(nn.Module):
         """input_ids: (B, T), PAD behind shorter texts -> hidden states (..., T, C)."""
         real = input_ids != PAD  # (B, T)
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
+        # Exercise: leave out the positions, and train with --fresh. How much does the model lose if
+        # it cannot know the order of the tokens?
         x = self.token(input_ids) + self.position(positions).unsqueeze(-3)  # (..., T, C)
         if self.config.norm == "post":
             x = self.embedding_norm(x)
@@ -361,7 +363,7 @@ class Classifier(nn.Module):
 
 def vote(logits: Tensor) -> Tensor:
     """The soft vote: the mean of the members' probabilities. (K, B, classes) -> (B, classes)."""
-    # Exercise: let each member vote for one class. When does that cost most accuracy?
+    # Exercise: let each member vote for one class (nothing has to be trained again). Is it worse?
     return logits.float().softmax(dim=-1).mean(dim=0)
 
 

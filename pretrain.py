@@ -165,7 +165,8 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float,
     shapes repeat, and nothing waits for a GPU to count. If fewer tokens are chosen, position 0
     fills up, with the label -100 (it does not count). If more are, the last ones are left out.
     """
-    # Exercise: choose whole words, all pieces of a word together. Is the model a better start?
+    # Exercise: choose whole words. A word begins at a piece with "▁", so number the words, and
+    # draw one number for each. Train with --fresh. Does fine-tuning gain from it?
     device = input_ids.device
     flat = input_ids.flatten()
     M = math.ceil(rate * len(flat) / 64) * 64
@@ -293,6 +294,7 @@ def make_optimizers(model: nn.Module, recipe: Recipe,
 
 def schedule(recipe: Recipe, step: int, steps: int) -> float:
     """The factor on the learning rates: a linear warm-up, then a linear decay to 0."""
+    # Exercise: keep the rate constant after the warm-up, and train with --fresh. Compare the loss.
     warmup = int(recipe.warmup * steps)
     return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
 
