@@ -1,14 +1,18 @@
-"""Every script as its user starts it: a subprocess, the smoke preset, no network."""
+"""The six scripts as their user starts them: the smoke preset, no network. Most commands call
+main() in this process; a few are processes of their own."""
 
 from __future__ import annotations
 
-import gzip
+import contextlib
+import importlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,308 +20,386 @@ import pytest
 import torch
 
 from finetune import Predictor
-from material import articles, write_articles, prepared_folder, write_raw_folder, write_task_file
-from pretrain import choose_runtime
+from material import articles, on_cpu, prepared_folder, write_articles, write_raw_folder
+from material import write_task_file
+from tokenizer import run_script
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["tokenizer", "data", "model", "pretrain", "finetune", "committee"]
+EXTRAS = ["transformers", "tokenizers", "safetensors", "google", "matplotlib", "sklearn",
+          "hypothesis", "pytest", "pip"]  # packages that the scripts do without
+TEXT = "bridge number 3 crosses brazil today"
 
 
-def run(*arguments: str | Path, status: int = 0) -> str:
-    """Run a script of the repository from another folder; returns what it printed."""
-    # a proxy that leads nowhere: whatever reaches for the network fails at once
-    environment = {**os.environ, "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}
-    script, *rest = map(str, arguments)
-    result = subprocess.run([sys.executable, str(ROOT / script), *rest], capture_output=True, text=True, encoding="utf-8",
-                            env=environment, timeout=240, check=False)
-    assert result.returncode == status, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stdout + (result.stderr if status else "")
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make tiny models slow on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def call(script: str, words: list[str]) -> tuple[int, str]:
+    """Run a script's main() in this process: its exit status, and what it printed."""
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown), \
+            contextlib.redirect_stderr(shown):
+        patch.setattr("sys.argv", [f"{script}.py", *words])
+        patch.setenv("https_proxy", "http://127.0.0.1:9")  # the network fails at once
+        try:
+            run_script(importlib.import_module(script).main)
+        except SystemExit as end:
+            return end.code or 0, shown.getvalue()
+    return 0, shown.getvalue()
+
+
+def run(script: str, *arguments: object, status: int = 0) -> str:
+    """What a script prints, which must end with this exit status."""
+    ended, shown = call(script, list(map(str, arguments)))
+    assert ended == status, shown
+    return shown
+
+
+def start(script: str, *arguments: object) -> subprocess.Popen:
+    """Start a script as a process, far from its folder, where no extra package can be imported."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data folders "own" and "tasks", and what they were made from."""
     folder = tmp_path_factory.mktemp("material with blanks é")
-    write_articles(folder / "wiki.jsonl.gz", 150)
+    source = write_articles(folder / "wiki.jsonl.gz", 150)
     write_raw_folder(folder / "raw")
-    write_task_file(folder / "train.csv", 20)
-    write_task_file(folder / "test.csv", 10, seed=1)
-    prepared_folder(folder / "data/own", folder / "wiki.jsonl.gz", [folder / "train.csv", folder / "test.csv"])
-    prepared_folder(folder / "data/tasks", folder / "wiki.jsonl.gz", task=("fewrel", "dbpedia"), raw_dir=folder / "raw", test_per_class=4)
+    labels = [write_task_file(folder / "train.csv"), write_task_file(folder / "test.csv", 10, 1)]
+    prepared_folder(folder / "data/own", source, labels)
+    prepared_folder(folder / "data/tasks", source, task=("fewrel", "dbpedia"), test_per_class=4,
+                    raw_dir=folder / "raw")
     return folder
 
 
-def sources(folder: Path, data: str = "own") -> list[str]:
-    return ["--preset", "smoke", "--data", str(folder / "data" / data), "--runs-dir", str(folder / "runs")]
+def flags(folder: Path, data: str = "own") -> list[str]:
+    data_folder = str(folder / "data" / data)
+    return ["--preset", "smoke", "--data", data_folder, "--runs-dir", str(folder / "runs")]
 
 
-def test_tokenizer_script(material: Path) -> None:
-    text = material / "plain.txt"
-    text.write_text("a river of france and a city of japan\n" * 50 + "another engine there\n" * 20, encoding="utf-8")
-    model = material / "own.model"
-    run("tokenizer.py", "--train", text, "--model", model, "--vocab-size", "28")
-    shown = run("tokenizer.py", "--model", model, "--show", "River of Japan")
-    ids = re.findall(r"^ *(\d+)", shown, flags=re.M)
-    assert ids[0] == "2" and ids[-1] == "3"
-    assert run("tokenizer.py", "--model", model, "--decode", *ids).strip() == "river of japan"
-    process = subprocess.Popen([sys.executable, str(ROOT / "tokenizer.py"), "--model", str(model), "--show", "river of japan " * 2_000],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process.stdout.close()  # as `| head` does
-    assert process.stderr.read() == "" and process.wait() == 1
-    assert "[MASK]" in model.with_suffix(".vocab").read_text(encoding="utf-8")
-    assert run("tokenizer.py", "--train", text, "--model", model, "--vocab-size", "9000", status=2).splitlines()[-1].startswith("error: no tokenizer of --vocab-size 9000")
+@pytest.fixture(scope="module")
+def pretrained(material: Path) -> Path:
+    shown = run("pretrain", *flags(material), "--name", "first")
+    assert "unigram baseline" in shown and "held-out loss" in shown
+    return material / "runs/pretrain/first"
 
 
-def test_pretrain_and_finetune_scripts(material: Path) -> None:
-    out = run("pretrain.py", *sources(material), "--model", "bert-1", "--name", "first")
-    assert "unigram baseline" in out and "held-out loss" in out
-    folder = material / "runs/pretrain/first"
-    assert {p.name for p in folder.iterdir()} >= {"config.json", "log.jsonl", "last.pt", "tokenizer.model", "results.json"}
-    assert re.search(r"\S+ 0\.\d{3}  ", run("pretrain.py", "--fill-mask", "the [MASK] of france", folder))
-    out = run("finetune.py", *sources(material), "--checkpoint", folder,
-              "--seeds", "2", "--set", "epochs=2", "--confusion")
-    assert re.search(r"^  (\w+) taken for (?!\1)\w+: \d+ of 10 test rows\n {6}\w+ number 1\d{3} \w+ \1 today", out, flags=re.M), out
-    with np.load(next((material / "runs/finetune").glob("own-first-seed0-*")) / "logits.npz") as file:
+@pytest.fixture(scope="module")
+def committee(material: Path) -> Path:
+    """A committee of two for the task of the folder "own"."""
+    shown = run("committee", *flags(material), "--members", "2", "--deep", "none", "--jobs", "1")
+    assert "own: 3 classes" in shown and "bert-6" not in shown
+    return Path(re.search(r"(\S.*)results\.json written", shown)[1])
+
+
+def accuracy_from_scratch(shown: str) -> float:
+    return float(re.search(r"from scratch +([\d.]+) %", shown)[1])
+
+
+def trained_runs(material: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (material / "runs").rglob("last.pt")}
+
+
+# ---- single scripts ----
+
+
+def test_pretrain_and_finetune(material: Path, pretrained: Path) -> None:
+    names = {path.name for path in pretrained.iterdir()}
+    assert names >= {"config.json", "log.jsonl", "last.pt", "tokenizer.model", "results.json"}
+    shown = run("pretrain", "--fill-mask", "the [MASK] of france", pretrained)
+    assert re.search(r"\S+ 0\.\d{3}  ", shown)
+    shown = run("finetune", *flags(material), "--checkpoint", pretrained, "--seeds", "2",
+                "--set", "epochs=2", "--confusion")
+    assert re.search(r"largest class +33.3 %\n +logistic regression +\d+", shown)
+    assert re.search(r"bert-1 pre-trained +[\d.]+ %, .* over 2 fine-tuning seeds", shown)
+    pair = r"^  (\w+) taken for (?!\1)\w+: \d+ of 10 test rows\n {6}\w+ number 1\d{3} \w+ \1 today"
+    assert re.search(pair, shown, flags=re.M), shown
+    (folder,) = (material / "runs/finetune").glob("own-first-seed0-*")
+    with np.load(folder / "logits.npz") as file:
         wrong = int((file["logits"].argmax(1) != file["labels"]).sum())
-    counts = [int(n) for n in re.findall(r"taken for \w+: (\d+) of", out)]
-    assert counts == sorted(counts, reverse=True) and sum(counts) <= wrong <= sum(counts) + counts[-1]  # of 6 pairs, 5 are shown
-    assert re.search(r"largest class +33.3 %\n +logistic regression +\d+", out) and "training rows a class" in out
-    assert re.search(r"bert-1 pre-trained +[\d.]+ %, -?[\d.]+ to [\d.]+ .95 % t-interval over 2 fine-tuning seeds", out)
-    run_folder = next((material / "runs/finetune").glob("own-first-seed0-*"))
-    answer = json.loads(run("finetune.py", "--predict", "a city in japan", run_folder))
-    assert answer["label"] in ("brazil", "france", "japan") and sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-3)
-    predict = [sys.executable, str(ROOT / "finetune.py"), "--predict", "-", str(run_folder)]
-    shown = subprocess.run(predict, check=True, input="one\r\n\nthree\x0cé\rשלום עולם".encode(), capture_output=True,
-                           env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    answers = [json.loads(line) for line in shown.stdout.decode("utf-8").splitlines()]  # whatever the terminal's encoding
-    assert [a["text"] for a in answers] == ["one", "", "three\x0cé", "שלום עולם"]
-    assert [a["unknown"] > 0.5 for a in answers] == [False, False, False, True] and b"warning: the tokenizer does not know" in shown.stderr
-    shown = subprocess.run(predict, input="one\nk\xe4se\n".encode("latin-1"), capture_output=True, check=False)
-    assert shown.returncode == 2 and b"error: standard input, line 2: byte 0xe4 is not UTF-8 text" in shown.stderr
+    counts = [int(count) for count in re.findall(r"taken for \w+: (\d+) of", shown)]
+    assert counts == sorted(counts, reverse=True)
+    assert sum(counts) <= wrong <= sum(counts) + counts[-1]  # five of the six pairs are shown
+    dev = run("finetune", *flags(material), "--split", "dev", "--confusion")
+    assert "of 2 dev rows" in dev  # a tenth of twenty rows of a class
 
 
 def test_a_checkpoint_is_known_by_its_weights(material: Path) -> None:
-    """Trained again with changed code under the same name, it is another start; named twice, no second seed."""
-    folder = material / "runs/pretrain/weights"
-    run("pretrain.py", *sources(material), "--name", "weights", "--set", "steps=2")
-    def tested() -> set[Path]:
-        out = run("finetune.py", *sources(material), "--checkpoint", folder, "--set", "steps=2")
-        assert "error" not in out
-        return set((material / "runs/finetune").glob("own-weights-*"))
-    assert len(before := tested()) == 1 and tested() == before
-    saved = torch.load(folder / "last.pt", weights_only=True)
-    saved["model"]["norm.bias"] += 1
-    torch.save(saved, folder / "last.pt")
-    assert len(tested()) == 2
-    twice = run("finetune.py", *sources(material), "--checkpoint", folder, folder, status=2)
-    assert "two have the same seed" in twice
-
-
-def test_from_scratch_a_learnable_task_is_learnt(material: Path) -> None:
-    out = run("finetune.py", *sources(material), "--model", "bert-1",
-              "--set", "epochs=15", "pooling=mean", "per_class=20")
-    assert float(re.search(r"from scratch +([\d.]+) %", out)[1]) > 80
+    """If it is trained again under the same name, fine-tuning begins anew as well."""
+    checkpoint = material / "runs/pretrain/weights"
+    run("pretrain", *flags(material), "--name", "weights", "--set", "steps=2")
+    counts = []
+    for change in (0, 0, 1):
+        saved = torch.load(checkpoint / "last.pt", weights_only=True)
+        saved["model"]["norm.bias"] += change
+        torch.save(saved, checkpoint / "last.pt")
+        run("finetune", *flags(material), "--checkpoint", checkpoint, "--set", "steps=2")
+        counts.append(len(list((material / "runs/finetune").glob("own-weights-*"))))
+    assert counts == [1, 1, 2]
 
 
 def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
     """Two classes of the same words: which of the two countries is the head?"""
-    for part, n in (("train", 40), ("test", 20)):
-        rows = [f'{head},"from {a} to {b} by river {n * i}"\n' for i in range(n)
-                for head, ends in (("france", ("[# france #]", "[@ japan @]")), ("japan", ("[@ france @]", "[# japan #]")))
-                for a, b in (ends, ends[::-1])]
-        (material / f"head-{part}.csv").write_text("".join(["label,text\n", *rows]), encoding="utf-8")
-    prepared_folder(material / "data/head", material / "wiki.jsonl.gz", [material / "head-train.csv", material / "head-test.csv"])
-    out = run("finetune.py", *sources(material, "head"), "--model", "bert-1", "--set", "epochs=15", "pooling=entities", "per_class=100")
-    assert float(re.search(r"from scratch +([\d.]+) %", out)[1]) > 95
+    for part, count in (("train", 40), ("test", 20)):
+        lines = ["label,text"]
+        for i in range(count * count, count * count + count):
+            lines += [f"france,from [# france #] to [@ japan @] by river {i}",
+                      f"france,from [@ japan @] to [# france #] by river {i}",
+                      f"japan,from [# japan #] to [@ france @] by river {i}",
+                      f"japan,from [@ france @] to [# japan #] by river {i}"]
+        (material / f"head-{part}.csv").write_text("\n".join(lines), encoding="utf-8")
+    labels = [material / "head-train.csv", material / "head-test.csv"]
+    prepared_folder(material / "data/head", material / "wiki.jsonl.gz", labels)
+    shown = run("finetune", *flags(material, "head"), "--set", "epochs=15", "pooling=entities",
+                "per_class=100")
+    assert accuracy_from_scratch(shown) > 95
     (folder,) = (material / "runs/finetune").glob("head-scratch-*")
-    for text, label in (("from [@ japan @] to [# france #] by river", "france"), ("from [@ france @] to [# japan #]", "japan")):
-        assert json.loads(run("finetune.py", "--predict", text, folder))["label"] == label
+    shown = run("finetune", "--predict", "from [# france #] to [@ japan @]", folder)
+    assert json.loads(shown)["label"] == "france"
     for text in ("japan", "[# japan #] to france", "from [@ japan @]"):
-        assert f"not both are in '{text}'" in run("finetune.py", "--predict", text, folder, status=2)
-    more = ["--task", "fewrel", "--deep", "none", "--members", "2", "--finetune-set", "pooling=entities"]
-    assert "task fewrel: pooling=entities" in run("committee.py", *sources(material, "tasks"), *more, status=2)
-    prepared_folder(material / "data/marked", material / "wiki.jsonl.gz", task=("fewrel",), raw_dir=material / "raw", entity_markers=True)
-    assert "committee of 2 bert-1" in run("committee.py", *sources(material, "marked"), *more)
+        shown = run("finetune", "--predict", text, folder, status=2)
+        assert f"not both are in '{text}'" in shown
 
 
-def test_another_script_than_latin(material: Path) -> None:
-    """README's walk through one's own data, in Greek letters: a text file, a CSV with Greek class names, a prediction."""
-    greek = str.maketrans("abcdefghijklmnopqrstuvwxyz", "αβψδεφγηιξκλμνοπχρστθωςχυζ")
-    (material / "ελληνικά.txt").write_text("\n\n".join(a["text"].lower().translate(greek) for a in articles(150)), encoding="utf-8")
+def test_another_script_than_latin_is_learnt(material: Path) -> None:
+    """README's walk through one's own data, with Greek texts, class names and file names."""
+    greek_letters = "αβψδεφγηιξκλμνοπρστθωςχυζ"
+    greek = str.maketrans("abcdefghijklmnoprstuvwxyz", greek_letters)
+    texts = [article["text"].lower().translate(greek) for article in articles(150)]
+    (material / "ελληνικά.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    labels = []
     for name in ("train.csv", "test.csv"):
-        head, _, rows = (material / name).read_text(encoding="utf-8").partition("\n")
-        (material / f"ελλ-{name}").write_text(f"{head}\n{rows.translate(greek)}", encoding="utf-8")
-    run("data.py", "prepare", material / "data/ελλ", "--preset", "smoke", "--articles", material / "ελληνικά.txt", "--labels",
-        material / "ελλ-train.csv", material / "ελλ-test.csv")
-    out = run("finetune.py", *sources(material, "ελλ"), "--set", "epochs=15", "pooling=mean", "per_class=20")
+        rows = (material / name).read_text(encoding="utf-8").translate(greek).split("\n", 1)[1]
+        labels.append(material / f"ελλ-{name}")
+        labels[-1].write_text(f"label,text\n{rows}", encoding="utf-8")
+    run("data", "prepare", material / "data/ελλ", "--preset", "smoke", "--articles",
+        material / "ελληνικά.txt", "--labels", *labels)
+    shown = run("finetune", *flags(material, "ελλ"), "--set", "epochs=15", "pooling=mean",
+                "per_class=20")
+    assert accuracy_from_scratch(shown) > 80  # so the letters did not become [UNK]
     (folder,) = (material / "runs/finetune").glob("ελλ-scratch-*")
-    answer = Predictor([folder], choose_runtime("cpu"))("river number 3 crosses brazil today".translate(greek))["probabilities"]
-    assert next(iter(answer)) == "brazil".translate(greek) and len(answer) == 3
-    assert float(re.search(r"from scratch +([\d.]+) %", out)[1]) > 80  # so the letters did not become [UNK]
-
-
-def test_committee_script(material: Path) -> None:
-    command = ["committee.py", *sources(material, "tasks"), "--member-model", "bert-1", "bert-1-conv2", "--seeds", "2"]
-    out = run(*command)
-    for line in ("committee of 2 bert-1+bert-1-conv2", "bert-6: pre-training gives", "latency, a text of fewrel"):
-        assert line in out
-    path = Path(re.search(r"(\S.*results\.json) written", out)[1])
-    record = json.loads(path.read_text(encoding="utf-8"))
-    assert {"command", "machine", "versions", "git", "seconds", "settings", "tasks", "latency_ms"} <= set(record)
-    for part in record["tasks"].values():
-        counts = {label: len(row["accuracies"]["pre-trained"]) for label, row in part["table"].items()}
-        assert counts == {"bert-6": 2, "bert-1, one member": 2, "bert-1-conv2, one member": 2, "committee of 2 bert-1+bert-1-conv2": 2}
-        for row in part["table"].values():
-            for kind in ("pre-trained", "from scratch"):
-                assert row[kind]["mean"] == pytest.approx(100 * np.mean(row["accuracies"][kind]))
-    assert {"p10", "median", "p90"} <= set(record["latency_ms"]["committee of 2"])
-    assert "bert-1-conv2, one member" in record["latency_ms"]
-    stamps = {p: p.stat().st_mtime_ns for p in (material / "runs").rglob("last.pt")}
-    again = run(*command)
-    assert stamps == {p: p.stat().st_mtime_ns for p in (material / "runs").rglob("last.pt")}, "something was trained again"
-    tables = [re.findall(r"^(?:bert-|committee of).*[)]$", text, flags=re.M) for text in (out, again)]
-    assert len(tables[0]) >= 8 and tables[0] == tables[1]
-
-
-def test_embedded_default_from_the_raw_folder(material: Path) -> None:
-    """In one process, and in two: with as many threads each, the same table."""
-    run("data.py", "prepare", material / "data/default", "--preset", "smoke", "--task", "topics", "--raw-dir", material / "raw")
-    shown = [run("committee.py", *sources(material, "default"), "--runs-dir", material / f"runs-default-{jobs}", "--members", "2", "--jobs", jobs)
-             for jobs in ("1", "2")]
-    assert "topics: 3 classes" in shown[0] and "3 models, 2 at a time" in shown[1]
-    tables = [re.search(r"^topics: .*?(?=^latency)", text, flags=re.M | re.S)[0] for text in shown]
-    assert tables[0] == tables[1]
-
-
-def test_committee_without_a_deep_model(material: Path) -> None:
-    """One cell of a study: some seeds of a shallow model, its gap, its committee."""
-    out = run("committee.py", *sources(material, "tasks"), "--task", "fewrel", "--deep", "none", "--members", "2")
-    record = json.loads(Path(re.search(r"(\S.*results\.json) written", out)[1]).read_text(encoding="utf-8"))
-    table = record["tasks"]["fewrel"]["table"]
-    assert "bert-6" not in out and set(table) == {"bert-1, one member", "committee of 2 bert-1"}
-    assert len(table["bert-1, one member"]["accuracies"]["from scratch"]) == 2
-
-
-def test_bad_input_in_a_process_of_its_own(material: Path) -> None:
-    out = run("committee.py", *sources(material, "tasks"), "--task", "fewrel", "--jobs", "2",
-              "--set", "lr=900", "warmup=0", "clip=0", "steps=40", status=2)
-    assert "smaller lr" in out and 1 <= out.count("error: ") <= 2  # both may fail before the first one stops the other
-
-
-@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_a_signal_ends_all_processes_and_loses_nothing(material: Path) -> None:
-    """SIGTERM to the first process alone; the same command then goes on and gives the table of an undisturbed run. Steps enough that the
-    first process is still at work, some 5 s, when the second has begun."""
-    def command(runs: str) -> list[str]:
-        return ["committee.py", *sources(material, "tasks"), "--runs-dir", str(material / runs), "--task", "fewrel", "--set", "steps=1500", "--jobs", "2", "--members", "2", "--deep", "none"]
-
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, str(ROOT / "committee.py"), *command("halted")[1:]], env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    logs = material / "halted" / "pretrain"
-    for _ in range(6000):
-        if len(list(logs.glob("*/log.jsonl"))) == 2 and all(len(p.read_text(encoding="utf-8").splitlines()) > 3 for p in logs.glob("*/log.jsonl")):
-            break
-        time.sleep(0.01)
-    process.terminate()
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 143 and err.count("stopped at step") == 2 and "Traceback" not in err, err
-    steps = [torch.load(p, weights_only=True)["step"] for p in logs.glob("*/last.pt")]
-    assert len(steps) == 2 and all(0 < step < 1500 for step in steps)
-    tables = [re.search(r"^fewrel: .*?(?=^latency)", run(*command(runs)), flags=re.M | re.S)[0] for runs in ("halted", "straight")]
-    assert tables[0] == tables[1]
-
-
-def test_committee_on_a_file_of_ones_own(material: Path) -> None:
-    out = run("committee.py", *sources(material), "--members", "2", "--deep", "none")
-    assert "own: 3 classes" in out
-    committee = Path(re.search(r"(\S.*)results\.json written", out)[1])
-    text = "bridge number 3 crosses brazil today"
-    voted = json.loads(run("committee.py", "--predict", text, committee))["probabilities"]
-    names = json.loads((committee / "results.json").read_text(encoding="utf-8"))["tasks"]["own"]["voters"]
-    voters = [Predictor([material / "runs/finetune" / name], choose_runtime("cpu"))(text)["probabilities"] for name in names]
-    assert len(voters) == 2 and voted == {name: pytest.approx((voters[0][name] + voters[1][name]) / 2, abs=2e-4) for name in voted}
-    assert "no committee for task 'agnews'" in run("committee.py", "--predict", text, committee, "--task", "agnews", status=2)
+    answer = Predictor([folder], on_cpu())(TEXT.translate(greek))
+    assert answer["label"] == "brazil".translate(greek)
 
 
 def test_a_checkpoint_finds_its_folder_and_refuses_another(material: Path, tmp_path: Path) -> None:
-    """finetune.py reads the checkpoint's folder; another one needs the same tokenizer; one made anew with other text is refused."""
+    """finetune.py reads the folder that the checkpoint was trained on, if it is unchanged."""
     place = tmp_path / "data/x"
     prepared_folder(place, material / "wiki.jsonl.gz", [material / "train.csv"])
-    runs = ["--preset", "smoke", "--runs-dir", tmp_path / "runs"]
-    run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2")
-    checkpoint = tmp_path / "runs/pretrain/first"
-    assert "x: 3 classes" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--no-scratch")
-    foreign = prepared_folder(tmp_path / "data/foreign", material / "wiki.jsonl.gz", [material / "train.csv"], vocab_size=200)
-    assert "its tokenizer is not that of" in run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", foreign, status=2)
-    prepared_folder(tmp_path / "data/labels", labels=[material / "test.csv"], tokenizer=checkpoint / "tokenizer.model")
-    out = run("finetune.py", *runs, "--checkpoint", checkpoint, "--data", tmp_path / "data/labels", "--no-scratch")
-    assert "labels: 3 classes" in out and "may hold test texts" in out and "from scratch" not in out
-    assert "holds 0 articles" in run("pretrain.py", *runs, "--data", tmp_path / "data/labels", status=2)
-    write_articles(tmp_path / "other.jsonl.gz", 150, seed=8)
-    run("data.py", "prepare", place, "--preset", "smoke", "--articles", tmp_path / "other.jsonl.gz", "--fresh")
-    assert "was made again" in run("finetune.py", *runs, "--checkpoint", checkpoint, status=2)
-    assert "made with other settings" in run("pretrain.py", *runs, "--data", place, "--name", "first", "--set", "steps=2", status=2)
-    assert "has no task 'agnews'" in run("finetune.py", *runs, "--data", material / "data/own", "--task", "agnews", status=2)
-    dev = run("finetune.py", *runs, "--data", material / "data/own", "--split", "dev", "--confusion")
-    assert "of 2 dev rows" in dev  # a tenth of twenty rows a class
+    common = ["--preset", "smoke", "--runs-dir", tmp_path / "runs"]
+    run("pretrain", *common, "--data", place, "--name", "first", "--max-articles", "9")
+    use = ["finetune", *common, "--no-scratch", "--checkpoint", tmp_path / "runs/pretrain/first"]
+    assert "x: 3 classes" in run(*use)
+    foreign = prepared_folder(tmp_path / "data/foreign", material / "wiki.jsonl.gz", vocab_size=200)
+    assert "its tokenizer is not that of" in run(*use, "--data", foreign, status=2)
+    labels = prepared_folder(tmp_path / "data/labels", labels=[material / "test.csv"],
+                             tokenizer=place / "tokenizer.model")
+    shown = run(*use, "--data", labels)
+    assert "labels: 3 classes" in shown and "may hold test texts" in shown
+    assert "from scratch" not in shown
+    assert "holds 0 articles" in run("pretrain", *common, "--data", labels, status=2)
+    other = write_articles(tmp_path / "other.jsonl.gz", 150, seed=8)
+    run("data", "prepare", place, "--preset", "smoke", "--articles", other, "--fresh")
+    assert "was made again" in run(*use, status=2)
+    shown = run("pretrain", *common, "--data", place, "--name", "first", status=2)
+    assert "made with other settings" in shown
 
 
-def test_data_script(material: Path, tmp_path: Path) -> None:
-    out = run("data.py")
-    assert "fewrel/train_wiki.json" in out and "CC BY-SA 4.0" in out
-    command = ["data.py", "prepare", tmp_path / "x", "--preset", "smoke", "--articles", material / "wiki.jsonl.gz", "--labels", material / "train.csv"]
-    first = run(*command)
-    assert "task x: 3 classes" in first and "is there" in run(*command)
-    assert "made otherwise (max_length 32 there, 24 now)" in run(*command, "--max-length", "24", status=2)
-    assert "texts of 24 tokens" in run(*command, "--max-length", "24", "--fresh")
-    assert "give the folder a name" in run("data.py", "prepare", "--articles", material / "wiki.jsonl.gz", status=2)
-    selected = run("data.py", "select", material / "data/own", tmp_path / "high", "--overlap", "high", "--task", "own", "--count", "20")
-    assert json.loads(selected[selected.index("{") :])["articles"] == 20
-    assert "Name one with --task" in run("data.py", "select", material / "data/own", tmp_path / "clean", "--clean", status=2)
-    out = run("pretrain.py", "--preset", "smoke", "--data", tmp_path / "high", "--runs-dir", tmp_path / "runs", "--max-articles", "9")
-    assert "held-out loss" in out
+# ---- the whole job ----
 
 
-PREPARE = ["data.py", "prepare", "NEW", "--preset", "smoke"]
+def test_the_committee_script(material: Path) -> None:
+    """Tables, results.json and latency; the same command again trains nothing."""
+    command = ["committee", *flags(material, "tasks"), "--member-model", "bert-1", "bert-1-conv2",
+               "--jobs", "1", "--set", "steps=2"]
+    shown = run(*command)
+    for line in ("committee of 2 bert-1+bert-1-conv2", "bert-6: pre-training gives",
+                 "latency, a text of fewrel"):
+        assert line in shown
+    path = Path(re.search(r"(\S.*results\.json) written", shown)[1])
+    record = json.loads(path.read_text(encoding="utf-8"))
+    assert {"command", "machine", "versions", "git", "seconds", "settings"} <= set(record)
+    assert list(record["tasks"]) == ["fewrel", "dbpedia"]
+    for part in record["tasks"].values():
+        assert set(part["table"]) == {"bert-6", "bert-1, one member", "bert-1-conv2, one member",
+                                      "committee of 2 bert-1+bert-1-conv2"}
+    assert {"p10", "median", "p90"} <= set(record["latency_ms"]["committee of 2"])
+    before = trained_runs(material)
+    again = run(*command)
+    assert trained_runs(material) == before, "something was trained again"
+    first, second = (re.findall(r"^(?:bert-|committee of).*[)]$", text, flags=re.M)
+                     for text in (shown, again))
+    assert len(first) >= 8 and first == second
+
+
+def test_a_committee_predicts_the_mean_of_its_members(material: Path, committee: Path) -> None:
+    voted = json.loads(run("committee", "--predict", TEXT, committee))["probabilities"]
+    record = json.loads((committee / "results.json").read_text(encoding="utf-8"))
+    voters = []
+    for name in record["tasks"]["own"]["voters"]:
+        predictor = Predictor([material / "runs/finetune" / name], on_cpu())
+        voters.append(predictor(TEXT)["probabilities"])
+    assert len(voters) == 2
+    for label, probability in voted.items():
+        mean = (voters[0][label] + voters[1][label]) / 2
+        assert probability == pytest.approx(mean, abs=2e-4)
+    shown = run("committee", "--predict", TEXT, committee, "--task", "agnews", status=2)
+    assert "no committee for task 'agnews'" in shown
+
+
+def test_one_process_or_two_give_the_same_table(material: Path, tmp_path: Path) -> None:
+    """Also: the embedded default is made from the raw folder."""
+    run("data", "prepare", material / "data/default", "--preset", "smoke", "--task", "topics",
+        "--raw-dir", material / "raw")
+    tables = []
+    for jobs in ("1", "2"):
+        shown = run("committee", *flags(material, "default"), "--runs-dir", tmp_path / jobs,
+                    "--members", "2", "--deep", "none", "--jobs", jobs)
+        tables.append(re.search("^topics: 3 .*?(?=^latency)", shown, flags=re.M | re.S)[0])
+    assert "2 models, 2 at a time" in shown
+    assert tables[0] == tables[1]
+
+
+# ---- processes ----
+
+
+def test_every_script_runs_as_a_process_without_extra_packages(
+        material: Path, pretrained: Path, committee: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """All from another folder and at the same time."""
+    for name in EXTRAS:
+        (tmp_path / f"{name}.py").write_text("raise ImportError('extra package')", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (classifier, *_) = (material / "runs/finetune").glob("own-bert-1-*")
+    processes = {
+        "CC BY-SA 4.0": start("data"),
+        "[SEP]": start("tokenizer", "--model", pretrained / "tokenizer.model", "--show", "a city"),
+        "parameters in all": start("model", "--width", "64"),
+        "p(label)": start("pretrain", "--show", "the river of france", pretrained),
+        '"label"': start("finetune", "--predict", TEXT, classifier),
+        '"cut_off"': start("committee", "--predict", TEXT, committee)}
+    for expected, process in processes.items():
+        out, err = process.communicate(timeout=240)
+        assert (process.returncode, err) == (0, b""), err
+        assert expected in out.decode("utf-8")
+
+
+def test_texts_from_standard_input(committee: Path, material: Path) -> None:
+    """UTF-8 whatever the terminal's encoding is; a wrong byte ends it in one line, status 2."""
+    (classifier, *_) = (material / "runs/finetune").glob("own-bert-1-*")
+    process = start("finetune", "--predict", "-", classifier)
+    lines = "one\r\n\nthree\x0cé\rשלום עולם\n".encode() + b"k\xe4se\n"
+    out, err = process.communicate(lines, timeout=240)
+    answers = [json.loads(line) for line in out.decode("utf-8").splitlines()]
+    assert [answer["text"] for answer in answers] == ["one", "", "three\x0cé", "שלום עולם"]
+    assert [answer["unknown"] > 0.5 for answer in answers] == [False, False, False, True]
+    warning, error = err.decode("utf-8").splitlines()
+    assert warning.startswith("warning: the tokenizer does not know most of this text")
+    assert error.startswith("error: standard input, line 5: byte 0xe4 is not UTF-8 text")
+    assert process.returncode == 2
+
+
+def test_a_reader_that_has_enough_ends_a_script_in_silence(pretrained: Path) -> None:
+    """As `| head` does."""
+    model = pretrained / "tokenizer.model"
+    process = start("tokenizer", "--model", model, "--show", "river of japan " * 2_000)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_a_signal_ends_all_processes_of_a_committee(material: Path) -> None:
+    """SIGTERM to the first process alone. test_killed.py shows that the same command goes on."""
+    runs = material / "signal"
+    process = start("committee", *flags(material), "--runs-dir", runs, "--jobs", "2", "--members",
+                    "2", "--deep", "none", "--set", "steps=20000")
+    begun: list[Path] = []
+    while len(begun) < 2 and process.poll() is None:
+        time.sleep(0.05)
+        begun = [log for log in runs.glob("pretrain/*/log.jsonl") if log.stat().st_size]
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert err.count(b"stopped at step") == 2 and b"Traceback" not in err, err
+    assert len(list(runs.glob("pretrain/*/last.pt"))) == 2
+
+
+def test_bad_input_in_a_process_of_a_committee(
+        material: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    run("committee", *flags(material), "--runs-dir", tmp_path, "--jobs", "2", "--members", "2",
+        "--deep", "none", "--set", "lr=900", "warmup=0", "clip=0", "steps=40", status=2)
+    err = capfd.readouterr().err
+    assert "smaller lr" in err
+    assert 1 <= err.count("error: ") <= 2  # both may fail before the first one stops the other
+    assert "Traceback" not in err
+
+
+# ---- bad input ----
+
+NEW = ["data", "prepare", "NEW", "--preset", "smoke", "--articles"]
+PRETRAIN = ["pretrain", "--runs-dir", "RUNS", "--data", "OWN"]
+FINETUNE = ["finetune", "--runs-dir", "RUNS", "--data", "OWN"]
+COMMITTEE = ["committee", "--preset", "smoke", "--runs-dir", "RUNS", "--data", "OWN"]
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([*PREPARE, "--articles", "no-such-file.txt"], "no such file"),
-    ([*PREPARE, "--articles", "ARTICLES", "--vocab-size", "60000"], "set it to a value <="),
-    ([*PREPARE, "--articles", "PACKED"], "d.html: article files end in"),
-    ([*PREPARE, "--articles", "ARTICLES", "--count", "9999"], "there are 150 distinct articles"),
-    ([*PREPARE, "--articles", "ARTICLES", "--wiki", "simplewiki"], "--wiki: not allowed with argument --articles"),
-    ([*PREPARE, "--articles", "ARTICLES", "--labels", "TRAIN", "TRAIN", "TRAIN"], "at most one test file"),
-    ([*PREPARE, "--articles", "ARTICLES", "--labels", "ARTICLES"], "line 1"),
-    ([*PREPARE, "--articles", "ARTICLES", "--task", "fewrell"], "did you mean fewrel?"),
-    ([*PREPARE, "--articles", "ARTICLES", "--task", "fewrel", "--raw-dir", "RAW", "--train-per-class", "99"], "--min-class-size"),
-    ([*PREPARE, "--articles", "ARTICLES", "--max-length", "3"], "--max-length 3: must lie in"),
-    (["pretrain.py", "--data", "RAW"], "no data folder"),
-    (["pretrain.py", "--data", "OWN", "--set", "width=100"], "width 100 is not a multiple of 64"),
-    (["pretrain.py", "--data", "OWN", "--set", "optimizer=sgd"], "there are adamw and muon"),
-    (["pretrain.py", "--data", "OWN", "--set", "batch_size=0"], "batch_size=0: must lie in"),
-    (["pretrain.py", "--data", "OWN", "--set", "stepps=1"], "did you mean steps?"),
-    (["pretrain.py", "--data", "OWN", "--max-articles", "9999"], "--max-articles is 9999"),
-    (["pretrain.py", "--data", "OWN", "--device", "cuda"], "--device cpu"),
-    (["pretrain.py", "--data", "OWN", "--device", "gpu"], "--device gpu: no such device here"),
-    (["pretrain.py", "--sede", "1"], "did you mean --seed?"),
-    (["finetune.py", "--checkpoint", "nowhere"], "nowhere"),
-    (["finetune.py", "--predict", "x"], "--predict: name a finished run"),
-    (["finetune.py", "--data", "OWN", "--no-scratch"], "there is nothing else to train"),
-    (["finetune.py", "--checkpoint", "x", "--model", "bert-6"], "a checkpoint has its own model"),
-    (["committee.py", "--data", "OWN", "--members", "1", "--member-model", "bert-1", "bert-1-wide"], "2 models and 1 members"),
-    (["committee.py", "--data", "OWN", "--deep", "bert-1"], "is a member too"),
-    (["committee.py", "--data", "OWN", "--finetune-set", "pooling=max"], "there are cls and mean and entities"),
-    (["model.py", "--model", "bert-7"], "did you mean bert-6?"),
+    (["tokenizer", "--model", "NEW", "--train", "TRAIN"], "train.csv: article files end in"),
+    (["tokenizer", "--model", "NEW", "--train", "WIKI", "--vocab-size", "60000"],
+     "no tokenizer of --vocab-size 60000 could be trained on these texts: Vocabulary size"),
+    ([*NEW, "no-such-file.txt"], "--articles no-such-file.txt: no such file"),
+    ([*NEW, "WIKI", "--wiki", "simplewiki"], "--wiki: not allowed with argument --articles"),
+    ([*NEW, "WIKI", "--labels", "TRAIN", "TRAIN", "TRAIN"], "at most one test file"),
+    ([*NEW, "WIKI", "--task", "fewrell"], "did you mean fewrel?"),
+    ([*NEW, "WIKI", "--max-length", "3"], "--max-length 3: must lie in"),
+    (["data", "prepare", "--articles", "WIKI"], "give the folder a name"),
+    (["data", "select", "OWN", "NEW", "--clean"], "Name one with --task"),
+    (["pretrain", "--data", "RAW"], "no data folder"),
+    (["pretrain", "--data", "OWN", "--runs-dir", "TRAIN"], "Choose another path"),
+    ([*PRETRAIN, "--set", "width=100"], "width 100 is not a multiple of 64"),
+    ([*PRETRAIN, "--set", "optimizer=sgd"], "there are adamw and muon"),
+    ([*PRETRAIN, "--set", "batch_size=0"], "batch_size=0: must lie in"),
+    ([*PRETRAIN, "--set", "stepps=1"], "did you mean steps?"),
+    ([*PRETRAIN, "--max-articles", "9999"], "--max-articles is 9999"),
+    ([*PRETRAIN, "--device", "cuda:99"], "Use --device cpu"),
+    ([*PRETRAIN, "--device", "gpu"], "--device gpu: no such device here"),
+    ([*PRETRAIN, "--sede", "1"], "did you mean --seed?"),
+    (["finetune", "--checkpoint", "nowhere"], "nowhere"),
+    (["finetune", "--predict", "x"], "--predict: name a finished run"),
+    ([*FINETUNE, "--task", "agnews"], "has no task 'agnews'"),
+    ([*FINETUNE, "--no-scratch"], "there is nothing else to train"),
+    (["finetune", "--checkpoint", "x", "--model", "bert-6"], "a checkpoint has its own model"),
+    ([*COMMITTEE, "--members", "1", "--member-model", "bert-1", "bert-1-wide"],
+     "2 models and 1 members"),
+    ([*COMMITTEE, "--deep", "bert-1"], "is a member too"),
+    ([*COMMITTEE, "--finetune-set", "pooling=entities"], "task own: pooling=entities reads two"),
+    (["model", "--model", "bert-7"], "did you mean bert-6?"),
 ])
-def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str], message: str) -> None:
-    names = {"ARTICLES": material / "wiki.jsonl.gz", "TRAIN": material / "train.csv", "RAW": material / "raw",
-             "PACKED": material / "d.html", "OWN": material / "data/own", "NEW": material / "data/bad"}
-    names["PACKED"].write_bytes(gzip.compress(b"<mediawiki></mediawiki>"))
-    if message == "--device cpu" and __import__("torch").cuda.is_available():
-        pytest.skip("there is a GPU")
-    extra = [] if arguments[0] in ("data.py", "model.py") else ["--runs-dir", material / "runs"]
-    out = run(*[names.get(a, a) for a in arguments], *extra, status=2)
-    assert message in out
-    assert len([line for line in out.splitlines() if line.startswith("error: ")]) == 1
-    assert not (material / "data/bad").exists() and not list((material / "data").glob(".*.tmp"))
+def test_bad_input_is_one_line_and_status_2(material: Path, arguments: list[str],
+                                            message: str) -> None:
+    names = {"WIKI": "wiki.jsonl.gz", "TRAIN": "train.csv", "RAW": "raw",
+             "OWN": "data/own", "NEW": "data/bad", "RUNS": "bad runs"}
+    words = [material / names[word] if word in names else word for word in arguments]
+    shown = run(*words, status=2)
+    assert message in shown
+    assert len(re.findall("^error: ", shown, flags=re.M)) == 1
+    assert not (material / "data/bad").exists()
+    assert not list((material / "data").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_short_and_says_what_the_script_does(script: str) -> None:
+    lines = run(script, "--help").splitlines()
+    assert len(lines) <= 80
+    assert any(line.startswith(f"{script}.py - ") for line in lines)
