@@ -1637,9 +1637,9 @@ def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[st
     for name, table in tables.items():
         with open(folder / f"{name}.bin", "wb") as file:
             file.write(table.tokens.astype("<u2").tobytes())
-        np.save(folder / f"{name}.npy", table.offsets.astype("<i8"))
+        save_array(folder / f"{name}.npy", table.offsets.astype("<i8"))
     if tables:
-        np.save(folder / "articles.wiki.npy", wikis)
+        save_array(folder / "articles.wiki.npy", wikis)
     for task in tasks:
         for part in ("train", "dev", "test"):
             path = folder / f"{task.name}.{part}.csv"
@@ -1651,6 +1651,13 @@ def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[st
     meta["id"] = contents_id(meta)
     text = json.dumps(meta, indent=1, ensure_ascii=False)
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    # Through memory, since np.save does not say why it fails: a full disk would not be named.
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
 
 
 def setting_differences(before: dict, now: dict, where: str = "") -> list[str]:

@@ -20,15 +20,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -42,16 +43,16 @@ from committee import measure_latency
 from data import DataFolder, DeviceTable, InputError, TokenTable, data_path, decode_texts
 from data import encode_texts, open_folder, run_script
 from finetune import PRESETS as FINETUNE_PRESETS
-from finetune import Start, TaskTables, finetune, make_tables, predict_logits
-from model import MODELS, Attention, Classifier, Committee, MaskedLM, named_config
-from pretrain import PRESETS, Runtime, choose_runtime, pretrain, result_record, write_json
-from reference_recipe import Reference, build, classification_step, make_optimizer, padded
+from finetune import Start, TaskTables, finetune, make_tables
+from model import MODELS, Attention, BertConfig, Classifier, Committee, MaskedLM
+from pretrain import PRESETS, Runtime, base_config, choose_runtime, pretrain, result_record
+from pretrain import write_json
+from reference_recipe import Reference, build, make_optimizer, padded, pretraining_step
 from reference_recipe import training_step
-from tokenizer import PAD
+from tokenizer import FIRST_PIECE, PAD
 
-LENGTH = 128
+QUICK_VOCABULARY = 4_000
 STEMS = [name for name in MODELS if "conv" in name]
-Rates = list[float]
 
 
 @dataclass
@@ -64,231 +65,219 @@ class Bench:
     quick: bool
 
     def steps(self, cpu: int, gpu: int) -> int:
-        return gpu if self.runtime.device.type == "cuda" else max(1, cpu // 3) if self.quick else cpu
+        if self.runtime.device.type == "cuda":
+            return gpu
+        return max(1, cpu // 3) if self.quick else cpu
 
-    def tables(self, test_rows: int = 256) -> TaskTables:
-        """The task, of its scored rows only so many."""
+    def tables(self) -> TaskTables:
+        """The task, with 128 of its test rows."""
         tables = make_tables(self.data, self.task, "test", 0, self.runtime)
-        every = max(1, len(tables.test_rows) // test_rows)
-        rows = tables.test_rows[::every][:test_rows]
-        table = encode_texts([text for text, _ in rows], self.data.tokenizer, LENGTH)
+        rows = tables.test_rows[:: max(1, len(tables.test_rows) // 128)][:128]
+        table = encode_texts([text for text, _ in rows], self.data.tokenizer, self.data.max_length)
         labels = torch.tensor([label for _, label in rows], device=self.runtime.device)
         return replace(tables, test=DeviceTable(table, self.runtime.device), test_labels=labels,
                        test_rows=rows)
 
-    def with_vocabulary(self, size: int) -> Bench:
-        """The same texts, token ids folded into a smaller vocabulary. For timing alone."""
-        def fold(table: TokenTable) -> TokenTable:
-            small = np.where(table.tokens < size, table.tokens, 5 + table.tokens % (size - 5))
-            return replace(table, tokens=small.astype(np.uint16))
+    def articles_for(self, preset: str) -> DataFolder:
+        """The data; for `quick`, token ids are folded into its vocabulary, for timing alone."""
+        size = min(QUICK_VOCABULARY, self.data.tokenizer.vocab_size)
+        if preset != "quick":
+            return self.data
+        tokenizer = SimpleNamespace(vocab_size=size, hash=self.data.tokenizer.hash,
+                                    model=self.data.tokenizer.model)
+        return replace(self.data, articles=folded(self.data.articles, size),
+                       held_out=folded(self.data.held_out, size), tokenizer=tokenizer)
 
-        class Smaller:
-            vocab_size = size
-            hash, model = self.data.tokenizer.hash, self.data.tokenizer.model
+    def config(self, model: str, preset: str) -> BertConfig:
+        return base_config(model, PRESETS[preset], self.articles_for(preset))
 
-        data = replace(self.data, articles=fold(self.data.articles),
-                       held_out=fold(self.data.held_out), tokenizer=Smaller())
-        return replace(self, data=data)
+    def classifiers(self, count: int, model: str, preset: str = "paper") -> nn.Module:
+        """One classifier, or a committee."""
+        config = base_config(model, PRESETS[preset], self.data)
+        classes = len(self.data.meta["tasks"][self.task]["classes"])
+        members = [Classifier(config, classes) for _ in range(count)]
+        return self.runtime.for_inference(Committee(members) if count > 1 else members[0])
 
 
-def full_length(table: TokenTable, texts: int, length: int = LENGTH) -> TokenTable:
+def folded(table: TokenTable, size: int) -> TokenTable:
+    small = FIRST_PIECE + table.tokens % (size - FIRST_PIECE)
+    return replace(table, tokens=np.where(table.tokens < size, table.tokens, small))
+
+
+def full_length(table: TokenTable, texts: int, length: int) -> TokenTable:
     """So many texts of exactly `length` tokens, cut from a table's stream of tokens."""
     offsets = np.arange(texts + 1, dtype=np.int64) * length
     return TokenTable(np.resize(table.tokens, texts * length), offsets, length)
 
 
-# ---- ours ----------------------------------------------------------------------------------------
+# ---- ours: each function returns one rate or more ------------------------------------------------
 
 
-def logged_rates(folder: Path) -> Rates:
-    """Tokens a second of each line of a log but the first, in which everything warms up."""
-    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rates = [json.loads(line).get("tokens_per_s") for line in lines]
-    return [rate for rate in rates if rate][1:]
-
-
-def our_pretraining(bench: Bench, model: str, preset: str, **changes: int) -> Rates:
-    """Tokens a second."""
-    stem = "conv" in model
-    steps = bench.steps(4 if stem or preset == "paper" else 60, 200)
-    recipe = replace(PRESETS[preset], steps=steps + 1, **changes)
+@contextlib.contextmanager
+def temporary_runs(bench: Bench) -> Iterator[Runtime]:
+    """A runtime whose runs are thrown away. What they print goes to standard error."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        runtime = replace(bench.runtime, runs_dir=Path(folder))
-        return logged_rates(pretrain(bench.data, model, recipe, 0, runtime))
+        yield replace(bench.runtime, runs_dir=Path(folder))
 
 
-def our_finetuning(bench: Bench) -> Rates:
-    """Texts a second, of the paper's BERT-6."""
-    tables = bench.tables(64)
+def logged_rates(run: Path) -> list[float]:
+    """Tokens a second of each line of a log but the first, in which everything warms up."""
+    lines = map(json.loads, (run / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["tokens_per_s"] for line in lines if "loss" in line][1:]
+
+
+def our_pretraining(bench: Bench, model: str, preset: str, **changes: int) -> list[float]:
+    """Tokens a second."""
+    is_slow = model in STEMS or preset == "paper"
+    steps = bench.steps(4 if is_slow else 60, 200) + 1
+    recipe = replace(PRESETS[preset], steps=steps, **changes)
+    with temporary_runs(bench) as runtime:
+        return logged_rates(pretrain(bench.articles_for(preset), model, recipe, 0, runtime))
+
+
+def our_finetuning(bench: Bench, model: str) -> list[float]:
+    """Texts a second, with the paper's recipe."""
+    tables = bench.tables()
     recipe = replace(FINETUNE_PRESETS["paper"], steps=bench.steps(8, 200) + 1)
-    with tempfile.TemporaryDirectory() as folder:
-        runtime = replace(bench.runtime, runs_dir=Path(folder))
-        start = Start("bert-6", our_config(bench, "bert-6"))
+    start = Start(model, bench.config(model, "paper"))
+    with temporary_runs(bench) as runtime:
         rates = logged_rates(finetune(tables, start, recipe, 0, runtime))
     return [rate / float(tables.train.lengths.mean()) for rate in rates]
 
 
-def our_config(bench: Bench, model: str):
-    return named_config(model, vocab_size=bench.data.tokenizer.vocab_size, max_length=LENGTH)
+def latency(bench: Bench, model: nn.Module, figure: str) -> list[float]:
+    """figure: "median", milliseconds for a text; or "texts_per_s", in batches."""
+    return [measure_latency({"it": model}, bench.tables(), bench.runtime)["it"][figure]]
 
 
-def our_classifier(bench: Bench, model: str) -> Classifier:
-    return Classifier(our_config(bench, model), classes_of(bench))
+def our_prediction(bench: Bench, count: int, model: str, figure: str) -> list[float]:
+    return latency(bench, bench.classifiers(count, model), figure)
 
 
-def our_prediction(bench: Bench) -> Rates:
-    """Texts a second, of the paper's BERT-6."""
-    model = bench.runtime.for_inference(our_classifier(bench, "bert-6"))
-    table = bench.tables(bench.steps(256, 2_000)).test
-    rates = []
-    for _ in range(2):
-        start = time.perf_counter()
-        predict_logits(model, table, bench.runtime)
-        rates.append(len(table.lengths) / (time.perf_counter() - start))
-    return rates[1:]
-
-
-def our_committee(bench: Bench, what: str) -> Rates:
-    """Of six of the paper's BERT-1s: milliseconds for a text, or texts a second in batches."""
-    members = [our_classifier(bench, "bert-1") for _ in range(6)]
-    committee = bench.runtime.for_inference(Committee(members))
-    return [measure_latency({"x": committee}, bench.tables(128), bench.runtime)["x"][what]]
-
-
-def our_encoding(bench: Bench) -> Rates:
-    """Seconds to encode 5,000 articles."""
-    articles = bench.data.articles
-    texts = decode_texts(articles.subset(np.arange(min(5_000, len(articles)))), bench.data.tokenizer)
+def our_encoding(bench: Bench) -> list[float]:
+    """Seconds to encode 4,096 full articles."""
+    texts = decode_texts(bench.data.articles, bench.data.tokenizer)
     start = time.perf_counter()
-    encode_texts(texts, bench.data.tokenizer, LENGTH)
+    encode_texts(texts, bench.data.tokenizer, bench.data.max_length)
     return [time.perf_counter() - start]
 
 
-def our_start(bench: Bench) -> Rates:
+def our_start(bench: Bench) -> list[float]:
     """Seconds from the command to the first line of the log."""
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "pretrain" / "start" / "log.jsonl"
-        command = [sys.executable, str(ROOT / "pretrain.py"), "--data", str(bench.data.path.resolve()),
-                   "--set", "steps=1", "width=64", "heads=1", "--name", "start", "--runs-dir", folder]
+        log = Path(folder) / "pretrain/start/log.jsonl"
+        command = [sys.executable, str(ROOT / "pretrain.py"), "--data", str(bench.data.path),
+                   "--set", "steps=1", "width=64", "heads=1", "--name", "start",
+                   "--runs-dir", folder]
         start = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        nowhere = subprocess.DEVNULL
+        with ending_with_us(command, stdout=nowhere, stderr=nowhere) as process:
             while process.poll() is None and not (log.exists() and log.stat().st_size):
                 time.sleep(0.01)
-            seconds = time.perf_counter() - start
-            process.kill()
-    return [seconds]
+            return [time.perf_counter() - start]
 
 
 # ---- the authors' way ----------------------------------------------------------------------------
 
 
-class Theirs:
-    """A model of theirs with its optimizer."""
-
-    def __init__(self, bench: Bench, layers: int, classes: int = 0, width: int = 768, heads: int = 12,
-                 **more: object) -> None:
-        self.bench, self.device = bench, bench.runtime.device
-        self.reference = Reference(layers=layers, width=width, heads=heads,
-                                   vocab_size=bench.data.tokenizer.vocab_size, **more)
-        self.model = build(self.reference, classes).to(self.device).train()
-        self.optimizer = make_optimizer(self.model, self.reference)
-        self.generator = torch.Generator().manual_seed(0)
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        fp16 = self.device.type == "cuda"
-        return torch.autocast(self.device.type, dtype=torch.float16, enabled=fp16)
-
-    def rates(self, step: Callable[[], Tensor], unit: int) -> Rates:
-        """Units a second, of steps that follow one that warms up."""
-        rates = []
-        for _ in range(self.bench.steps(3, 20) + 1):
-            start = time.perf_counter()
-            with self.autocast():
-                step().sum().item()
-            rates.append(unit / (time.perf_counter() - start))
-        return rates[1:]
-
-    def texts(self, table: TokenTable, rows: np.ndarray) -> Tensor:
-        return padded(table, rows, LENGTH).to(self.device)
-
-    def logits(self, input_ids: Tensor) -> Tensor:
-        """input_ids: (B, T), padded to 128 here."""
-        ids = nn.functional.pad(input_ids, (0, LENGTH - input_ids.size(1)), value=PAD)
-        with self.autocast(), torch.no_grad():
-            return self.model(input_ids=ids, attention_mask=(ids != PAD).long()).logits.float()
+def reference_of(config: BertConfig) -> Reference:
+    """A model of theirs of the same shape."""
+    return Reference(
+        layers=config.layers, width=config.width, heads=config.heads, vocab_size=config.vocab_size,
+        conv_channels=config.conv_channels, conv_kernels=config.conv_kernels,
+        max_length=config.max_length, fault_stem=True)
 
 
-def their_pretraining(bench: Bench, layers: int, **more: object) -> Rates:
-    theirs = Theirs(bench, layers, **more)
-    rows = np.arange(theirs.reference.batch_size)
-    ids = padded(bench.data.articles, rows, LENGTH)
-    return theirs.rates(lambda: training_step(theirs.model, theirs.optimizer, ids, theirs.reference,
-                                              theirs.generator), ids.numel())
+def their_autocast(bench: Bench) -> contextlib.AbstractContextManager:
+    device = bench.runtime.device.type
+    return torch.autocast(device, dtype=torch.float16, enabled=device == "cuda")
 
 
-def classes_of(bench: Bench) -> int:
-    return len(bench.data.meta["tasks"][bench.task]["classes"])
+def their_training(bench: Bench, model: str, preset: str = "paper",
+                   is_finetuning: bool = False) -> list[float]:
+    """Tokens a second, or in fine-tuning texts a second. The first step warms up."""
+    reference = reference_of(bench.config(model, preset))
+    tables = bench.tables()
+    classes = len(tables.task.classes) if is_finetuning else 0
+    network = build(reference, classes).to(bench.runtime.device).train()
+    optimizer = make_optimizer(network, reference)
+    generator = torch.Generator().manual_seed(0)
+    batch = np.arange(reference.batch_size)
+    rates = []
+    for _ in range(bench.steps(3, 20) + 1):
+        start = time.perf_counter()
+        with their_autocast(bench):
+            if is_finetuning:
+                ids = to_full_length(tables.train.batch(batch), bench)
+                loss = training_step(network, optimizer, ids, tables.train_labels[batch],
+                                     (ids != PAD).long())
+            else:
+                ids = padded(bench.articles_for(preset).articles, batch, reference.max_length)
+                loss = pretraining_step(network, optimizer, ids, reference, generator)
+        loss.item()  # waits for the device
+        amount = len(ids) if is_finetuning else ids.numel()
+        rates.append(amount / (time.perf_counter() - start))
+    return rates[1:]
 
 
-def their_finetuning(bench: Bench) -> Rates:
-    theirs = Theirs(bench, 6, classes_of(bench))
-    rows = bench.data.task(bench.task).rows("test")[0][:32]
-    table = encode_texts([text for text, _ in rows], bench.data.tokenizer, LENGTH)
-    ids = theirs.texts(table, np.arange(32))
-    labels = torch.tensor([label for _, label in rows], device=theirs.device)
-    return theirs.rates(lambda: classification_step(theirs.model, theirs.optimizer, ids, labels), 32)
+def to_full_length(ids: Tensor, bench: Bench) -> Tensor:
+    """(B, T) -> (B, max_length)"""
+    return nn.functional.pad(ids, (0, bench.data.max_length - ids.size(1)), value=PAD)
 
 
-def their_prediction(bench: Bench) -> Rates:
-    theirs = Theirs(bench, 6, classes_of(bench))
-    theirs.model.eval()
-    ids = bench.tables(64).test.batch(np.arange(64))
-    return theirs.rates(lambda: theirs.logits(ids), 64)
+class OneAfterAnother(nn.Module):
+    """Classifiers of theirs."""
+
+    def __init__(self, bench: Bench, count: int, model: str) -> None:
+        super().__init__()
+        self.bench = bench
+        reference = reference_of(bench.config(model, "paper"))
+        classes = len(bench.data.meta["tasks"][bench.task]["classes"])
+        members = [build(reference, classes).eval() for _ in range(count)]
+        self.members = nn.ModuleList(members).to(bench.runtime.device)
+
+    @torch.no_grad()
+    def forward(self, input_ids: Tensor) -> Tensor:
+        ids = to_full_length(input_ids, self.bench)
+        mask = (ids != PAD).long()
+        with their_autocast(self.bench):
+            logits = [model(input_ids=ids, attention_mask=mask).logits for model in self.members]
+        return torch.stack(logits).float()
 
 
-def their_committee(bench: Bench, what: str) -> Rates:
-    members = [Theirs(bench, 1, classes_of(bench)) for _ in range(6)]
-    for member in members:
-        member.model.eval()
-
-    class OneAfterAnother(nn.Module):
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return torch.stack([member.logits(input_ids) for member in members])
-
-    return [measure_latency({"x": OneAfterAnother()}, bench.tables(64), bench.runtime)["x"][what]]
+def their_prediction(bench: Bench, count: int, model: str, figure: str) -> list[float]:
+    return latency(bench, OneAfterAnother(bench, count, model), figure)
 
 
-# ---- rows ----------------------------------------------------------------------------------------
+# ---- the table -----------------------------------------------------------------------------------
 
-Measure = Callable[[Bench], Rates]
-
-
-def small(measure: Measure) -> Measure:
-    return lambda bench: measure(bench.with_vocabulary(4_000))
+Sides = dict[str, Callable[[Bench], list[float]]]
 
 
-# name -> unit, ours, theirs (None: only ours)
-ROWS: dict[str, tuple[str, Measure, Measure | None]] = {}
-for name, layers in (("bert-6", 6), ("bert-1", 1)):
-    ROWS[f"pre-training, paper, {name}"] = (
-        "tokens/s", lambda b, name=name: our_pretraining(b, name, "paper"),
-        lambda b, layers=layers: their_pretraining(b, layers))
-    ROWS[f"pre-training, quick, {name}"] = (
-        "tokens/s", small(lambda b, name=name: our_pretraining(b, name, "quick")),
-        small(lambda b, layers=layers: their_pretraining(b, layers, width=128, heads=4)))
-ROWS["fine-tuning, paper, bert-6"] = ("texts/s", our_finetuning, their_finetuning)
-ROWS["prediction, paper, bert-6"] = ("texts/s", our_prediction, their_prediction)
-for unit, what in (("ms", "median"), ("texts/s", "texts_per_s")):
-    ROWS[f"committee of 6 of the paper's bert-1, {unit}"] = (
-        unit, lambda b, what=what: our_committee(b, what), lambda b, what=what: their_committee(b, what))
-for name in STEMS:
-    stem = {"conv_channels": MODELS[name][2], "conv_kernels": MODELS[name][3], "fault_stem": True}
-    width = 512 if "narrow" in name else 768
-    ROWS[f"pre-training, paper, {name}"] = (
-        "tokens/s", lambda b, name=name: our_pretraining(b, name, "paper"),
-        lambda b, stem=stem, width=width: their_pretraining(b, 1, width=width, heads=width // 64, **stem))
-ROWS["encode 5,000 articles"] = ("s", our_encoding, None)
-ROWS["from the command to the first step"] = ("s", our_start, None)
+def all_rows() -> dict[str, tuple[str, Sides]]:
+    """Name -> unit, and the measurement of each side. Some rows have no reference."""
+    rows: dict[str, tuple[str, Sides]] = {}
+
+    def add(name: str, unit: str, ours: Callable, theirs: Callable, **arguments: object) -> None:
+        sides = {"ours": partial(ours, **arguments), "reference": partial(theirs, **arguments)}
+        rows[name] = unit, sides
+
+    trained = [("paper", "bert-6"), ("paper", "bert-1"), ("quick", "bert-6"), ("quick", "bert-1")]
+    for preset, model in trained + [("paper", stem) for stem in STEMS]:
+        add(f"pre-training, {preset}, {model}", "tokens/s", our_pretraining, their_training,
+            model=model, preset=preset)
+    add("fine-tuning, paper, bert-6", "texts/s", our_finetuning,
+        partial(their_training, is_finetuning=True), model="bert-6")
+    for unit, figure in (("ms", "median"), ("texts/s", "texts_per_s")):
+        for name, count, model in (("bert-6", 1, "bert-6"), ("6 of bert-1", 6, "bert-1")):
+            add(f"prediction, paper, {name}, {unit}", unit, our_prediction, their_prediction,
+                count=count, model=model, figure=figure)
+    rows["encode 4,096 articles"] = "s", {"ours": our_encoding}
+    rows["from the command to the first step"] = "s", {"ours": our_start}
+    return rows
+
+
+ROWS = all_rows()
 
 
 def matrix_product_rate(runtime: Runtime) -> float:
@@ -305,173 +294,183 @@ def matrix_product_rate(runtime: Runtime) -> float:
 
 def operations_of_a_token(bench: Bench, model: str, preset: str) -> float:
     """Operations of a pre-training step, counted by PyTorch, for each of its tokens."""
-    recipe = PRESETS[preset]
-    config = named_config(model, recipe.width, recipe.heads, norm=recipe.norm, dropout=0.0,
-                          vocab_size=bench.data.tokenizer.vocab_size)
-    Attention.fused, before = False, Attention.fused
+    config = replace(bench.config(model, preset), dropout=0.0)
+    tokens = 32 * config.max_length
+    Attention.fused, before = False, Attention.fused  # the counter knows plain products alone
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        masked = torch.arange(round(32 * LENGTH * recipe.mask_rate))
-        MaskedLM(config)(torch.ones(32, LENGTH, dtype=torch.long), masked).sum().backward()
+        positions = torch.arange(round(tokens * PRESETS[preset].mask_rate))
+        input_ids = torch.ones(32, config.max_length, dtype=torch.long)
+        MaskedLM(config)(input_ids, positions).sum().backward()
     Attention.fused = before
-    return counter.get_total_flops() / (32 * LENGTH)
+    return counter.get_total_flops() / tokens
 
 
-def apart(arguments: argparse.Namespace, row: str, side: str) -> dict:
-    """Measure a side of a row in a process of its own, which ends with this one."""
-    command = [sys.executable, __file__, "--data", arguments.data, "--row", row, side, "--device", arguments.device]
-    command += ["--quick"] if arguments.quick else []
-    command += ["--task", arguments.task] if arguments.task else []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    try:
+@contextlib.contextmanager
+def ending_with_us(command: list[str], **streams: int) -> Iterator[subprocess.Popen]:
+    """A process that ends when this one is done with it, or is told to end."""
+    with subprocess.Popen(command, text=True, encoding="utf-8", **streams) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
+
+
+def measure_apart(flags: list[str], row: str, side: str) -> dict:
+    """Measure a side of a row in a process of its own."""
+    command = [sys.executable, __file__, *flags, "--row", row, side]
+    with ending_with_us(command, stdout=subprocess.PIPE) as process:
         shown, _ = process.communicate()
-    finally:
-        process.kill()
     if process.returncode:
         raise InputError(f"{row}, {side}: ended with status {process.returncode}")
     return json.loads(shown.splitlines()[-1])
 
 
-def measured_here(bench: Bench, row: str, side: str) -> dict:
-    unit, ours, theirs = ROWS[row]
-    rates = (ours if side == "ours" else theirs)(bench)
+def measure_here(bench: Bench, row: str, side: str) -> dict:
+    rates = ROWS[row][1][side](bench)
     peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_initialized() else 0.0
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # no Linux
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         peak = peak or int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e6
     return {"rates": rates, "memory_gb": peak}
 
 
-def measure_row(bench: Bench, arguments: argparse.Namespace, row: str, limit: float) -> dict:
+def measure_row(bench: Bench, flags: list[str], row: str, limit: float) -> dict:
     """Both sides in turns; prints and returns the row."""
-    unit, _, theirs = ROWS[row]
-    sides = ["ours", "reference"] if theirs else ["ours"]
-    found: dict[str, list[dict]] = {side: [] for side in sides}
+    unit, sides = ROWS[row]
+    runs: dict[str, list[dict]] = {side: [] for side in sides}
     for _ in range(1 if bench.quick else 3):
         for side in sides:
-            found[side].append(apart(arguments, row, side))
+            runs[side].append(measure_apart(flags, row, side))
     record: dict = {"name": row, "unit": unit}
-    for side, runs in found.items():
-        rates = np.concatenate([run["rates"] for run in runs])
+    for side in sides:
+        rates = np.concatenate([run["rates"] for run in runs[side]])
         record[side] = float(np.median(rates))
         record[f"{side}_10_90"] = np.percentile(rates, [10, 90]).tolist()
-        record[f"{side}_memory_gb"] = max(run["memory_gb"] for run in runs)
+        record[f"{side}_memory_gb"] = max(run["memory_gb"] for run in runs[side])
     line = f"{row:44}{record['ours']:12.5g}"
-    if theirs:
+    if "reference" in sides:
         ratio = record["ours"] / record["reference"]
         record["ratio"] = 1 / ratio if unit == "ms" else ratio
-        line += f"{record['reference']:12.5g} {unit:9}{record['ratio']:6.1f}"
-    else:
-        line += f"{'':12} {unit}"
+        line += f"{record['reference']:12.5g}{record['ratio']:6.1f}"
+    line += f" {unit}"
     if row.startswith("pre-training"):
         _, preset, model = row.split(", ")
-        on = bench.with_vocabulary(4_000) if preset == "quick" else bench
-        record["share_of_limit"] = record["ours"] * operations_of_a_token(on, model, preset) / limit
+        operations = operations_of_a_token(bench, model, preset)
+        record["share_of_limit"] = record["ours"] * operations / limit
         line += f"   {100 * record['share_of_limit']:.0f} % of the limit"
     print(line, flush=True)
     return record
 
 
+def measure_table(bench: Bench, flags: list[str], prefixes: tuple[str, ...],
+                  keep: Callable[..., None]) -> None:
+    """Measure the rows that begin so. Each is kept at once: it is not lost with the rest."""
+    limit = matrix_product_rate(bench.runtime)
+    print(f"{bench.runtime.reason}; a matrix product: {limit / 1e9:.0f} GFLOP/s\n"
+          f"{'':44}{'ours':>12}{'reference':>12}{'ratio':>6}")
+    left_out = STEMS[1:] if bench.quick else []
+    rows: list[dict] = []
+    for row in ROWS:
+        if row.startswith(prefixes) and row.split(", ")[-1] not in left_out:
+            rows.append(measure_row(bench, flags, row, limit))
+            keep(rows=rows, limit=limit)
+
+
 # ---- how cost grows, and where the time goes -----------------------------------------------------
 
 
-def growth(bench: Bench) -> dict[str, dict[str, float]]:
-    """Tokens a second of quick's models with one thing changed at a time."""
-    bench = bench.with_vocabulary(4_000)
-    result: dict[str, dict[str, float]] = {}
-    changes = {"width": (64, 128, 256, 512, 768), "batch_size": (8, 32, 128)}
+def growth(bench: Bench) -> dict[str, dict[int, float]]:
+    """Tokens a second of quick's models, and a committee's speed, one thing changed at a time."""
+    result: dict[str, dict[int, float]] = {}
+
+    def add(name: str, value: int, rates: list[float]) -> None:
+        result.setdefault(name, {})[value] = float(np.median(rates))
+        print(f"{name} {value}: {result[name][value]:.5g}", flush=True)
+
     for model in ("bert-1", "bert-6"):
-        for field, values in changes.items():
-            for value in values:
-                heads = {"heads": value // 32} if field == "width" else {}
-                rates = our_pretraining(bench, model, "quick", **{field: value}, **heads)
-                result.setdefault(f"{model}, {field}", {})[str(value)] = float(np.median(rates))
+        for width in (64, 128, 256, 512, 768):
+            rates = our_pretraining(bench, model, "quick", width=width, heads=width // 32)
+            add(f"{model}, width", width, rates)
+        for size in (8, 32, 128):
+            rates = our_pretraining(bench, model, "quick", batch_size=size)
+            add(f"{model}, batch_size", size, rates)
         for length in (32, 64, 128, 256):
-            articles = full_length(bench.data.articles, 4_096, length)
-            meta = {**bench.data.meta, "max_length": length}
-            data = replace(bench.data, articles=articles, meta=meta)
+            data = replace(bench.data, articles=full_length(bench.data.articles, 4_096, length),
+                           meta={**bench.data.meta, "max_length": length})
             rates = our_pretraining(replace(bench, data=data), model, "quick")
-            result.setdefault(f"{model}, length", {})[str(length)] = float(np.median(rates))
-    for what in ("median", "texts_per_s"):
-        for K in (1, 2, 4, 8, 16):
-            config = named_config("bert-1", 128, 4, vocab_size=4_000, norm="pre")
-            committee = Committee([Classifier(config, classes_of(bench)) for _ in range(K)])
-            model = bench.runtime.for_inference(committee)
-            latency = measure_latency({"x": model}, bench.tables(128), bench.runtime)["x"]
-            result.setdefault(f"members, {what}", {})[str(K)] = latency[what]
-    print(json.dumps(result, indent=1))
+            add(f"{model}, length", length, rates)
+    for members in (1, 2, 4, 8, 16):
+        committee = bench.classifiers(members, "bert-1", "quick")
+        for figure in ("median", "texts_per_s"):
+            add(f"members, {figure}", members, latency(bench, committee, figure))
     return result
 
 
 KINDS = {"matrix products": "mm|linear|matmul|convolution", "softmax, loss": "softmax|nll|entropy",
          "copies": "copy_", "optimizer": "adamw|optimizer|lerp", "GELU": "gelu",
-         "LayerNorm": "layer_norm", "random numbers": "random|bernoulli|rand"}
+         "LayerNorm": "layer_norm", "random numbers": "rand|bernoulli", "everything else": ""}
 
 
 def profile(bench: Bench) -> dict[str, dict[str, float]]:
     """Shares of the time of pre-training steps, by kind of operation."""
     result: dict[str, dict[str, float]] = {}
-    for preset, where in (("paper", bench), ("quick", bench.with_vocabulary(4_000))):
-        for model in ("bert-6", "bert-1"):
-            with torch.profiler.profile() as profiler:
-                our_pretraining(where, model, preset)
-            shares: dict[str, float] = {}
-            for event in profiler.key_averages():
-                kind = "everything else"
-                for known, words in KINDS.items():
-                    if re.search(words, event.key.lower()):
-                        kind = known
-                        break
-                shares[kind] = shares.get(kind, 0.0) + event.self_cpu_time_total
-            total = sum(shares.values())
-            result[f"{preset}, {model}"] = {kind: time / total for kind, time in shares.items()}
+    for row in list(ROWS)[:4]:
+        _, preset, model = row.split(", ")
+        with torch.profiler.profile() as profiler:
+            our_pretraining(bench, model, preset)
+        shares = dict.fromkeys(KINDS, 0.0)
+        for event in profiler.key_averages():
+            kinds = [kind for kind, words in KINDS.items() if re.search(words, event.key.lower())]
+            shares[kinds[0]] += event.self_cpu_time_total
+        total = sum(shares.values())
+        result[f"{preset}, {model}"] = {kind: time / total for kind, time in shares.items()}
     print(json.dumps(result, indent=1))
     return result
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", required=True, metavar="NAME", help="a data folder of the paper's vocabulary and length")
+    add("--data", required=True, metavar="NAME", help="a data folder, made with --preset paper")
     add("--task", default="", metavar="TASK", help="a task of it (default: the first)")
     add("--quick", action="store_true", help="each side once, fewer steps, one stem")
-    add("--rows", nargs="+", metavar="WORD", default=[""], help="only rows whose name begins so; with it, give --out")
+    add("--rows", nargs="+", metavar="PREFIX", default=[""], help="only rows that begin so")
     add("--row", nargs=2, metavar=("ROW", "SIDE"), help="one measurement, as a JSON line")
-    add("--grow", action="store_true", help="measure how cost grows, instead of the table")
-    add("--profile", action="store_true", help="measure where a step's time goes, instead of the table")
+    add("--grow", action="store_true", help="how cost grows, instead of the table")
+    add("--profile", action="store_true", help="where a step's time goes, instead of the table")
     add("--device", default="auto", help="auto (default), cpu, cuda")
-    add("--out", type=Path, help="default results/speed-cpu.json or results/speed-NAME-OF-GPU.json")
-    arguments = parser.parse_args()
-    os.environ["TQDM_DISABLE"] = "1"
-    runtime = choose_runtime(arguments.device)
-    folder = open_folder(data_path(arguments.data))
-    full = replace(folder, articles=full_length(folder.articles, 4_096), held_out=full_length(folder.held_out, 8))
-    bench = Bench(full, arguments.task or next(iter(folder.meta["tasks"])), runtime, arguments.quick)
-    if arguments.row:
-        print(json.dumps(measured_here(bench, *arguments.row)))
-        return
+    add("--out", type=Path, help="default results/speed-cpu.json or speed-NAME-OF-GPU.json there")
+    args = parser.parse_args()
     started = time.perf_counter()
-    gpu = runtime.device.type == "cuda"
-    place = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if gpu else "cpu"
-    mode = "growth-" if arguments.grow else "profile-" if arguments.profile else ""
-    out = arguments.out or ROOT / "results" / f"speed-{mode}{place}.json"
+    runtime = choose_runtime(args.device)
+    folder = open_folder(data_path(args.data).resolve())
+    data = replace(folder, articles=full_length(folder.articles, 4_096, folder.max_length),
+                   held_out=full_length(folder.held_out, 8, folder.max_length))
+    bench = Bench(data, args.task or next(iter(folder.meta["tasks"])), runtime, args.quick)
+    if args.row:
+        print(json.dumps(measure_here(bench, *args.row)))
+        return
+    is_gpu = runtime.device.type == "cuda"
+    place = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if is_gpu else "cpu"
+    mode = "growth-" if args.grow else "profile-" if args.profile else ""
+    out = args.out or ROOT / "results" / f"speed-{mode}{place}.json"
 
     def keep(**measured: object) -> None:
-        settings = {"quick": arguments.quick, "task": bench.task, "vocab_size": folder.tokenizer.vocab_size}
-        write_json(out, result_record(settings, seconds=round(time.perf_counter() - started),
-                                      hardware=runtime.reason, **measured))
+        settings = {"quick": args.quick, "task": bench.task,
+                    "vocab_size": folder.tokenizer.vocab_size}
+        seconds = round(time.perf_counter() - started)
+        write_json(out, result_record(settings, seconds=seconds, hardware=runtime.reason,
+                                      **measured))
 
-    if arguments.grow:
+    if args.grow:
         keep(growth=growth(bench))
-    elif arguments.profile:
+    elif args.profile:
         keep(profile=profile(bench))
     else:
-        limit = matrix_product_rate(runtime)
-        print(f"{runtime.reason}; a matrix product: {limit / 1e9:.0f} GFLOP/s\n{'':44}{'ours':>12}{'reference':>12}")
-        rows: list[dict] = []
-        for row in ROWS:
-            if row.startswith(tuple(arguments.rows)) and not (bench.quick and any(s in row for s in STEMS[1:])):
-                rows.append(measure_row(bench, arguments, row, limit))
-                keep(rows=rows, limit=limit)  # what is measured is not lost with the rest
+        flags = ["--data", args.data, "--task", bench.task, "--device", args.device]
+        flags += ["--quick"] if args.quick else []
+        measure_table(bench, flags, tuple(args.rows), keep)
     print(f"{out} written; {(time.perf_counter() - started) / 60:.1f} minutes")
 
 

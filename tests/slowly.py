@@ -1,9 +1,9 @@
-"""Runs a script of the repository as its user does, except that it saves a checkpoint after every step, and slowly:
-so that a process can be killed inside one. Its state of the optimizers at the end, which a finished run drops, is kept too.
+"""Runs a script as its user does, but saves a checkpoint after every step, and slowly: so a test
+can kill the process inside a write. The last checkpoint keeps its optimizers, for comparison.
 
     python tests/slowly.py pretrain.py --preset smoke ...
 
-Everything stands at the module's level, because committee.py's further processes import this file again.
+All of it stands at the module's level, because committee.py's further processes import it again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from typing import IO
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import committee  # noqa: E402
-import data  # noqa: E402
-import finetune  # noqa: E402
-import pretrain  # noqa: E402
+import committee
+import data
+import finetune
+import pretrain
 
-SECONDS = float(os.environ.get("TLM_SLOW_WRITE", "0"))  # that every write into a checkpoint takes longer
-optimizers: list[torch.optim.Optimizer] = []
+SCRIPTS = {"pretrain.py": pretrain, "finetune.py": finetune, "committee.py": committee}
+SECONDS = float(os.environ["TLM_SLOW_WRITE"])  # for each 4,096 bytes of a checkpoint
+latest: list[torch.optim.Optimizer] = []
 make_optimizers, save = pretrain.make_optimizers, pretrain.Run.save
 
 
@@ -33,14 +34,10 @@ class SlowFile:
     def __init__(self, file: IO) -> None:
         self.file = file
 
-    def write(self, content: bytes) -> int:
+    def write(self, content: bytes) -> None:
         for start in range(0, len(content), 4096):
             time.sleep(SECONDS)
             self.file.write(content[start : start + 4096])
-        return len(content)
-
-    def flush(self) -> None:
-        self.file.flush()
 
 
 @contextmanager
@@ -50,15 +47,13 @@ def write_slowly(path: Path, mode: str = "wb") -> Iterator[IO | SlowFile]:
 
 
 def remember_optimizers(*arguments) -> list[torch.optim.Optimizer]:
-    optimizers[:] = make_optimizers(*arguments)
-    return list(optimizers)
+    latest[:] = make_optimizers(*arguments)
+    return list(latest)
 
 
-def save_optimizers_too(run: pretrain.Run, state: pretrain.TrainingState, model: torch.nn.Module, unfinished: list) -> None:
-    if not unfinished and any(o.state for o in optimizers):  # the end; no state: this process found nothing left to train
-        with data.write_atomically(run.folder / "optimizers.pt") as file:
-            torch.save([o.state_dict() for o in optimizers], file)
-    save(run, state, model, unfinished)
+def save_optimizers_too(run: pretrain.Run, state: pretrain.TrainingState, model: torch.nn.Module,
+                        optimizers: list) -> None:
+    save(run, state, model, latest)
 
 
 pretrain.write_atomically = write_slowly
@@ -69,4 +64,4 @@ pretrain.SAVE_SECONDS = -1.0
 if __name__ == "__main__":
     script = sys.argv.pop(1)
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    data.run_script({"pretrain.py": pretrain, "finetune.py": finetune, "committee.py": committee}[script].main)
+    data.run_script(SCRIPTS[script].main)

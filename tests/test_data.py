@@ -1,11 +1,13 @@
-"""Readers, sampling, token tables, batches, overlap."""
+"""Tokenizer, article files, tasks and their splits, leaks, batches, data folders, selections."""
 
 from __future__ import annotations
 
 import csv
-import gzip
 import json
+import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,452 +15,487 @@ import pytest
 import torch
 
 import data
-from data import (DeviceTable, InputError, Request, Task, article_files, batch_order, choose_by_overlap, coverage, decode_texts, encode_texts,
-                  open_folder, overlap_scores, prepare, pretraining_articles, read_article_file, read_task, read_task_files, read_tasks, sample_task,
-                  scramble, select, shared_runs, text_key)
-from material import articles, corpus_of, small_tokenizer, write_articles, prepared_folder, write_raw_folder, write_task_file, write_vital
-from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, Tokenizer, train_tokenizer, training_texts
+from data import (Article, DataFolder, DeviceTable, InputError, Request, Rows, Task, TokenTable,
+                  decode_texts, encode_texts, pretraining_articles, read_article_file, read_task,
+                  read_task_files, text_key)
+from material import (articles, corpus_of, prepared_folder, small_tokenizer, write_articles,
+                      write_raw_folder, write_task_file, write_vital)
+from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, UNK, Tokenizer
+from tokenizer import train_tokenizer, training_texts
+
+PARTS = ("train", "dev", "test")
+TOKENIZER = small_tokenizer()
+TEXTS = [article["text"] for article in articles(150)]
+LEAK = "the river museum of norway describes the engine of the king in 1977, and nobody knows why"
+SOURCE = articles(150) + [{"text": f"Article {i}: {LEAK}", "wiki": "c"} for i in range(7)]
 
 
-def read_articles(patterns: list[str]) -> list[data.Article]:
-    return [article for path in article_files(patterns) for article in read_article_file(path)]
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_raw_folder(tmp_path_factory.mktemp("data") / "raw folder")
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, raw: Path) -> DataFolder:
+    """The articles of SOURCE, a task of the user's own (LEAK is a test text), and FewRel."""
+    place = tmp_path_factory.mktemp("folder")
+    write_jsonl(place / "a.jsonl", SOURCE)
+    with open(place / "test.csv", "w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([["label", "text"], ["france", LEAK.upper()],
+                                   ["japan", "bridge number 9 crosses japan"], ["brazil", "x"]])
+    labels = write_task_file(place / "train.csv"), place / "test.csv"
+    prepared_folder(place / "x", place / "a.jsonl", labels, vocab_size=200, max_length=64,
+                    task=("fewrel",), raw_dir=raw)
+    return data.open_folder(place / "x")
+
+
+def write_jsonl(path: Path, records: list[dict]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return str(path)
+
+
+def read_articles(path: Path) -> list[Article]:
+    return list(read_article_file(data.article_files([str(path)])[0]))
+
+
+def sample(parts: data.Parts, train: int = 0, dev: int = 0, test: int = 0, **more: int) -> Task:
+    """Draw so many rows of each class."""
+    return data.sample_task("own", *parts, train_per_class=train, dev_per_class=dev,
+                            test_per_class=test, **more)
+
+
+def rows_per_class(task: Task) -> list[set[int]]:
+    """The sizes that classes have in the training, dev and test rows."""
+    parts = task.train, task.dev, task.test
+    return [set(Counter(label for _, label in rows).values()) for rows in parts]
+
+
+def keys(rows: Rows) -> set[str]:
+    return {text_key(text) for text, _ in rows}
+
+
+def assert_disjoint(task: Task) -> None:
+    train, dev, test = keys(task.train), keys(task.dev), keys(task.test)
+    assert train and dev and test
+    assert not train & dev and not train & test and not dev & test
+
+
+def token_lists(table: TokenTable) -> list[list[int]]:
+    return [row.tolist() for row in np.split(table.tokens, table.offsets[1:-1])]
+
+
 def test_special_tokens_never_come_from_text() -> None:
-    tokenizer = small_tokenizer()
-    ids = tokenizer.encode(["the [MASK] of [CLS] france [SEP] [PAD]"], 100)[0]
+    (ids,) = TOKENIZER.encode(["the [MASK] of [CLS] france [SEP] [PAD]"])
     assert ids[0] == CLS and ids[-1] == SEP and ids.dtype == np.uint16
-    assert all(i == 1 or i >= FIRST_PIECE for i in ids[1:-1])
-    assert tokenizer.decode(tokenizer.encode(["The River of JAPAN"], 100)[0]) == "the river of japan"  # case-folded
-    assert len(tokenizer.encode(["river " * 500], 32)[0]) == 32
-    assert [len(x) for x in tokenizer.encode(["", "\ud800"], 32)][0] == 2  # an empty text is [CLS] [SEP]
+    assert all(i == UNK or i >= FIRST_PIECE for i in ids[1:-1])
+    assert TOKENIZER.decode(TOKENIZER.encode(["The River of JAPAN"])[0]) == "the river of japan"
+    too_long, empty, surrogate = TOKENIZER.encode(["river " * 500, "", "\ud800"], 32)
+    assert len(too_long) == 32 and too_long[-1] == SEP
+    assert empty.tolist() == [CLS, SEP] and len(surrogate) > 2
 
 
 def test_marks_around_entities_are_a_token_each() -> None:
-    tokenizer = small_tokenizer()
-    encode = lambda text: tokenizer.encode([text], 100)[0].tolist()  # noqa: E731
-    inner = lambda text: encode(text)[1:-1]  # noqa: E731
-    assert encode("the [# river #] of [@ japan @] today") == [
-        CLS, *inner("the"), MASK, *inner("river"), MASK, *inner("of"), SEP, *inner("japan"), SEP, *inner("today"), SEP]
-    assert encode("[@japan@] [#river#]") == [CLS, SEP, *inner("japan"), SEP, MASK, *inner("river"), MASK, SEP]
-    assert MASK not in encode("x[#note] y [@ z") and encode("x[#note] y [@ z").count(SEP) == 1  # no marks: they do not close
-    assert tokenizer.decode(encode("the [# river #] of [@ japan @]")) == "the river of japan"
+    def encode(text: str) -> list[int]:
+        return TOKENIZER.encode([text])[0].tolist()
+
+    the, river, of, japan = (encode(word)[1:-1] for word in "the river of japan".split())
+    marked = [CLS, *the, MASK, *river, MASK, *of, SEP, *japan, SEP, SEP]
+    assert encode("the [# river #] of [@ japan @]") == marked
+    assert TOKENIZER.decode(marked) == "the river of japan"
+    assert encode("[@japan@][#river#]") == [CLS, SEP, *japan, SEP, MASK, *river, MASK, SEP]
+    unclosed = encode("x[#note] y [@ z")
+    assert MASK not in unclosed and unclosed.count(SEP) == 1
 
 
-def test_tokenizer_training_is_repeatable_and_names_its_limits() -> None:
-    texts = [a["text"] for a in articles(50)]
-    assert train_tokenizer(texts, 120) == train_tokenizer(texts, 120)
+def test_tokenizer_training_repeats_and_tells_the_largest_size() -> None:
+    assert train_tokenizer(TEXTS[:50], 120) == train_tokenizer(TEXTS[:50], 120)
     with pytest.raises(InputError, match=r"set it to a value <= (\d+)\.") as error:
-        train_tokenizer(texts, 5_000)
-    limit = int(str(error.value).rstrip(".").split()[-1])
-    assert Tokenizer(train_tokenizer(texts, limit)).vocab_size == limit
-    with pytest.raises(InputError, match="smaller than required_chars"):
-        train_tokenizer(texts, 10)
-    with pytest.raises(InputError, match="any text"):
-        train_tokenizer([" "], 100)
-    with pytest.raises(InputError, match="not a SentencePiece model"):
-        Tokenizer(b"rubbish" * 100)
+        train_tokenizer(TEXTS[:50], 5_000)
+    largest = int(str(error.value).rstrip(".").split()[-1])
+    assert Tokenizer(train_tokenizer(TEXTS[:50], largest)).vocab_size == largest
 
 
 def test_training_texts_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SentencePiece drops longer texts without a word, and takes 30 bytes of memory a character."""
+    """SentencePiece drops longer texts silently, and needs 30 bytes of memory a character."""
     lines = list(training_texts(["wort\n" * 9_000, "ж" * 50_000, "a"]))
-    assert max(len(line.encode()) for line in lines) < 1 << 16 and lines[0].startswith("wort wort ") and lines[2] == "a"
+    assert max(len(line.encode()) for line in lines) < 1 << 16
+    assert lines[0].startswith("wort wort ") and lines[2] == "a"
     monkeypatch.setattr("tokenizer.MOST_CHARACTERS", 20_000)
     assert len(list(training_texts(["x" * 9_000] * 10))) == 3
 
 
-# ------------------------------------------------------------------------------------------------------- articles
 def test_article_files(tmp_path: Path) -> None:
-    write_articles(tmp_path / "a.jsonl.gz", 5)
-    (tmp_path / "b c.txt").write_text("\ufeffone line\nsecond line\r\n\r\n\r\nanother text\n", encoding="utf-8")
-    with gzip.open(tmp_path / "d.txt.gz", "wt", encoding="utf-8") as file:
-        file.write("x\n\ny")
-    found = read_articles([str(tmp_path / "*.jsonl.gz"), str(tmp_path / "b c.txt"), str(tmp_path / "d.txt.gz")])
-    assert [a.text for a in found[5:]] == ["one line\nsecond line", "another text", "x", "y"]
-    assert found[0].title == "Article 0" and found[1].wiki == "b"
+    path = write_articles(tmp_path / "a b.jsonl.gz", 2)
+    assert read_articles(tmp_path / "a*.gz") == [Article(**record) for record in articles(2)]
+    text = "\ufeffone line\nsecond line\r\n\r\n\r\nanother text\n"
+    path = tmp_path / "b.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert [a.text for a in read_articles(path)] == ["one line\nsecond line", "another text"]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "x"}\n{"title": "y"}\n', "line 2"), ("a.jsonl", b"[1]\n", "line 1"), ("a.jsonl", b'{"text": ', "line 1"),
-    ("a.jsonl.gz", b"not gzip", "cannot be read"), ("a.csv", b"", "article files end in"), ("none", None, "no such file")])
-def test_bad_article_files_are_named(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        read_articles([str(tmp_path / name)])
-    assert name in str(error.value)
+def test_own_task_files(tmp_path: Path) -> None:
+    paths = write_task_file(tmp_path / "a b.csv"), write_task_file(tmp_path / "t.csv", 6, seed=1)
+    classes, rows, test = read_task_files(paths)
+    assert classes == ["brazil", "france", "japan"] and len(rows) == 60 and len(test) == 18
+    odd = '\ufefftext,label\r\n"a, b\r\nc",x\r\nd,y\r\n'
+    paths[0].write_text(odd, encoding="utf-8", newline="")
+    assert read_task_files(paths[:1]) == (["x", "y"], [("a, b\nc", 0), ("d", 1)], None)
 
 
-def test_subsets_are_nested_and_share_their_held_out_articles(tmp_path: Path) -> None:
-    pattern = (str(write_articles(tmp_path / "a.jsonl.gz", 200)),)
-    small, held_small, _ = pretraining_articles(Request(articles=pattern, count=50), [], set())
-    large, held_large, _ = pretraining_articles(Request(articles=pattern, count=150), [], set())
-    assert large[:50] == small and held_small == held_large and len(held_small) == 10
-    assert not {a.text for a in large} & {a.text for a in held_large}
-    with pytest.raises(InputError, match="--count 500: there are 200 distinct articles"):
-        pretraining_articles(Request(articles=pattern, count=500), [], set())
-
-
-def test_wiki_subsets_are_nested_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wiki gives the first `count` of one random order; whatever is asked for, the same 1,000 articles are held out."""
-    everything = [data.Article(str(i), f"text number {i} of the wiki") for i in range(9_000)]
-    monkeypatch.setattr(data, "wikimedia_articles", lambda wiki, count, raw_dir: everything[:count])
-    small, held_small, _ = pretraining_articles(Request(wiki="simplewiki", count=500), [], set())
-    large, held_large, _ = pretraining_articles(Request(wiki="simplewiki", count=4_000), [], set())
-    assert large[:500] == small and held_small == held_large and len(held_small) == 1_000 and len(large) == 4_000
-
-
-def test_leaks_are_left_out_of_the_articles(tmp_path: Path) -> None:
-    """Dev and test texts of every task; of `topics` also by title and by the first 90 letters. Only equal texts are copies."""
-    write_vital(tmp_path)
-    request = Request(task=("topics",), train_per_class=5, test_per_class=8, preset="smoke", raw_dir=tmp_path)
-    (task,), titles = read_tasks(request, "x")
-    assert len(task.test) == 24 and len(task.dev) == 15 and len(titles) == 39
-    held = {text_key(text) for text, _ in task.dev + task.test}
-    train, held_out, left_out = pretraining_articles(request, [task], titles)
-    texts = {text_key(a.text) for a in train + held_out}
-    assert not texts & held and not {a.title.casefold() for a in train + held_out} & titles and left_out["task_texts"] == 39
-    own = Task("own", ["a", "b"], [("kept for training", 0)], [("a DEV\n text", 0)], [("The test text.", 1)])
-    long = "river of france " * 8
-    lines = [{"title": sorted(titles)[0].upper(), "text": "another text of the same title"}, {"title": "", "text": task.test[0][0] + " and more"},
-             {"title": "", "text": "A dev text"}, {"title": "", "text": "the  test text."}, {"title": "", "text": "the test text"},
-             {"title": "", "text": long + "one"}, {"title": "", "text": long + "two"}, {"title": "", "text": long.upper() + "ONE"},
-             {"title": "", "text": "kept for training"}, {"title": "", "text": " "}, *({"title": "", "text": a["text"]} for a in articles(100, seed=3))]
-    (tmp_path / "other.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
-    train, held_out, left_out = pretraining_articles(Request(articles=(str(tmp_path / "other.jsonl"),), preset="smoke"), [task, own], titles)
-    assert left_out == {"empty": 1, "copies": 1, "task_texts": 4} and len(train + held_out) == len(lines) - 6
-
-
-# -------------------------------------------------------------------------------------------------------- sampling
-def test_official_layouts(tmp_path: Path) -> None:
-    raw = write_raw_folder(tmp_path / "raw folder")
+def test_official_layouts(raw: Path) -> None:
     classes, rows, test = read_task("fewrel", raw)
-    assert classes == ["first relation", "second", "P3"] and test is None and Counter(c for _, c in rows) == {0: 22, 1: 22, 2: 20}
-    marked = read_task("fewrel", raw, markers=True)[1]
-    assert marked[0][0].startswith(f"[# {rows[0][0].split()[0]} #] row") and "[@ " in marked[0][0]
+    assert classes == ["first relation", "second", "P3"] and test is None
+    assert Counter(label for _, label in rows) == {0: 22, 1: 22, 2: 20}
+    marked = read_task("fewrel", raw, markers=True)[1][0][0]
+    assert marked.startswith(f"[# {rows[0][0].split()[0]} #] row") and "[@ " in marked
     classes, rows, test = read_task("agnews", raw)
     assert len(classes) == 4 and len(rows) == len(test) == 81
     assert rows[0][0].startswith("Title 1 0 The firm's stock rose")
     classes, rows, test = read_task("dbpedia", raw)
-    assert len(classes) == 14 and rows[0] == ('train content 1 0 about "japan"', 0) and len(test) == 280
+    assert len(classes) == 14 and len(test) == 280
+    assert rows[0] == ('train content 1 0 about "japan"', 0)
 
 
-def parts_of(task: Task) -> list[set[str]]:
-    return [{text_key(text) for text, _ in rows} for rows in (task.train, task.dev, task.test)]
+def read_with_test(path: Path) -> data.Parts:
+    test = path.with_name("test.csv")
+    test.write_text("label,text\nchina,x\n", encoding="utf-8")
+    return read_task_files([path, test])
 
 
-def counts(rows: data.Rows) -> set[int]:
-    return set(Counter(label for _, label in rows).values())
+@pytest.mark.parametrize("read, name, content, message", [
+    (read_articles, "a.jsonl", '{"text": "x"}\n{"title": "y"}\n', 'line 2: "text" is missing'),
+    (read_articles, "a.jsonl", '[1]\n', "line 1: not a JSON object"),
+    (read_articles, "a.jsonl", '{"text": ', "line 1: not a JSON object"),
+    (read_articles, "a.txt", "x\n\ny\udcff\n", "line 3: byte 0xff is not UTF-8 text. Save the"),
+    (read_articles, "a.jsonl.gz", "not gzip", "cannot be read to its end"),
+    (read_articles, "a.csv", "", "article files end in"),
+    (read_articles, "none", None, "no such file"),
+    (read_with_test, "a.csv", "a,b\n1,2\n", "line 1: the header must name"),
+    (read_with_test, "a.csv", "label,text\nx\n", "line 2: 1 fields instead of 2"),
+    (read_with_test, "a.csv", "label,text\nx,y\n", "1 class.*, and at least two"),
+    (read_with_test, "a.csv", "label,text\nx,y\nz,w\n", "label 'china' does not occur"),
+    (Tokenizer.load, "a.model", "rubbish" * 100, "not a SentencePiece model. Train one")])
+def test_bad_files_are_named(
+        tmp_path: Path, read: Callable, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(InputError, match=message) as error:
+        read(tmp_path / name)
+    assert name in str(error.value)
 
 
-def test_one_file_is_split_by_text_with_exact_counts(tmp_path: Path) -> None:
-    raw = write_raw_folder(tmp_path)
-    for seed in range(5):
-        task = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=8, dev_per_class=3, test_per_class=5, seed=seed)
-        assert counts(task.test) == {5} and counts(task.dev) == {3} and counts(task.train) == {8}
-        train, dev, test = parts_of(task)
-        assert not train & dev and not train & test and not dev & test
-    assert sample_task("fewrel", *read_task("fewrel", raw), train_per_class=8, dev_per_class=3, test_per_class=5, seed=4) == task
-    few = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=5, dev_per_class=3, test_per_class=5, seed=4)
-    assert few.test == task.test and few.dev == task.dev and few.train != task.train  # they do not hang on the number of training rows
+LONG = ["x" * 5000, "y"]  # class names; in messages they are cut
+TWENTY = [(f"text {i}", int(i >= 20)) for i in range(50)]  # 20 of the first class
 
 
-def test_dev_rows_are_unused_ones_where_there_are_enough(tmp_path: Path) -> None:
-    rows = [(f"text {i} {c}", c) for i in range(20) for c in (0, 1)]
-    unused = sample_task("t", ["a", "b"], rows, None, train_per_class=8, dev_per_class=4, test_per_class=8)
-    taken = sample_task("t", ["a", "b"], rows, None, train_per_class=9, dev_per_class=4, test_per_class=8)
-    assert counts(unused.train) == {8} and counts(unused.dev) == counts(taken.dev) == {4} and counts(taken.train) == {5}
-    own = sample_task("t", ["a", "b"], rows, None, train_per_class=0, dev_per_class=0, test_per_class=0)
-    assert counts(own.train) == {14} and counts(own.dev) == {2} and counts(own.test) == {4}
-
-
-def test_rows_of_a_split() -> None:
-    """The test rows see train and dev rows in training; the dev rows never do. The first rows of a class are a smaller choice."""
-    task = Task("t", ["a", "b"], [("1", 0), ("2", 1), ("3", 0), ("4", 1)], [("5", 0), ("6", 1)], [("7", 0)], train_per_class=3)
-    assert task.rows("dev") == (task.train, task.dev) and task.rows("test") == (task.train + task.dev, task.test)
-    assert task.rows("test", 2)[0] == task.train and task.rows("dev", 1)[0] == [("1", 0), ("2", 1)]
-    task.train_per_class = 2
-    assert task.rows("test")[0] == task.train
-
-
-def test_texts_are_the_same_if_only_blanks_case_and_unicode_form_differ() -> None:
-    same = [("Küche  am\nSee", "K\u0075\u0308che am see"), ("Straße", "STRASSE"), ("ﬁn", "fin")]
-    assert all(text_key(a) == text_key(b) for a, b in same)
-    others = ["C++", "C#", "-5", "5", "😀", "😁", "कि", "की", "ab", "abc"]
-    assert len({text_key(text) for text in others}) == len(others)
-
-
-def test_two_files_lose_the_training_rows_that_are_test_texts(tmp_path: Path) -> None:
-    raw = write_raw_folder(tmp_path)
-    task = sample_task("agnews", *read_task("agnews", raw), train_per_class=0, dev_per_class=0, test_per_class=0)
-    assert len(task.test) == 81 and len(task.train) == 72 and len(task.dev) == 8 and task.note.startswith("1 training rows left out")
-
-
-@pytest.mark.parametrize("changes, message", [
-    ({"train_per_class": 13, "test_per_class": 8}, "'P3' has 20 rows.*--min-class-size 21"),
-    ({"train_per_class": 5, "test_per_class": 5, "min_class_size": 23}, "0 class")])
-def test_small_classes_are_named(tmp_path: Path, changes: dict, message: str) -> None:
-    raw = write_raw_folder(tmp_path)
+@pytest.mark.parametrize("call, message", [
+    (lambda: train_tokenizer(TEXTS, 10), "--vocab-size 10 .*smaller than required_chars"),
+    (lambda: train_tokenizer(TEXTS, 5), "--vocab-size 5: must lie between 6 and 65536"),
+    (lambda: train_tokenizer([" "], 100), "is there any text"),
+    (lambda: sample((LONG, TWENTY, None), 13, 3, 8), "'x{60}' has 20 rows;.*--min-class-size 21"),
+    (lambda: sample((LONG, [("A", 0), ("a ", 0)] + TWENTY[20:], None)), "'x{60}' has 1 distinct"),
+    (lambda: sample((LONG, TWENTY, [("e", 1)])), "'x{60}' has 0 of 1 test rows"),
+    (lambda: sample((LONG, TWENTY, None), min_class_size=31), "0 class.*--min-class-size 31, and")])
+def test_input_that_cannot_be_worked_with(call: Callable, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        sample_task("fewrel", *read_task("fewrel", raw), dev_per_class=3, **changes)
-    dropped = sample_task("fewrel", *read_task("fewrel", raw), train_per_class=12, dev_per_class=3, test_per_class=8, min_class_size=21)
-    assert dropped.classes == ["first relation", "second"] and "1 classes under 21 rows dropped" in dropped.note
+        call()
 
 
-@pytest.mark.parametrize("rows, test_rows, message", [
-    ([("a", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 distinct text,"),
-    ([("a", 0), ("f", 0), ("b", 1), ("g", 1)], [("d", 1)], "has 0 of 1 test rows"),
-    ([("a", 0), ("a", 0), ("a ", 0), ("b", 1), ("d", 1), ("e", 1)], None, "has 1 distinct text,")])
-def test_a_class_name_as_long_as_a_text_is_cut_where_it_is_named(rows: list, test_rows: list | None, message: str) -> None:
-    with pytest.raises(InputError, match=f"class 'x{{60}}' {message}"):
-        sample_task("own", ["x" * 5000, "y"], rows, test_rows, train_per_class=0, dev_per_class=0, test_per_class=0)
+@pytest.mark.parametrize("wiki, pool, few, many, held_out", [
+    ("", 200, 50, 150, 10), ("simplewiki", 9_000, 500, 4_000, 1_000)])
+def test_a_smaller_count_is_a_prefix_with_the_same_held_out_articles(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wiki: str, pool: int, few: int,
+        many: int, held_out: int) -> None:
+    drawn = [Article(str(i), f"text number {i}") for i in range(pool)]
+    monkeypatch.setattr(data, "wikimedia_articles", lambda wiki, count, raw_dir: drawn[:count])
+    files = () if wiki else (str(write_articles(tmp_path / "a.jsonl.gz", pool)),)
+    request = Request(articles=files, wiki=wiki, count=few)
+    small, held_small, _ = pretraining_articles(request, [], set())
+    large, held_large, _ = pretraining_articles(replace(request, count=many), [], set())
+    assert large[:few] == small and len(large) == many
+    assert held_large == held_small and len(held_small) == held_out
+    assert not {a.text for a in large} & {a.text for a in held_large}
+    with pytest.raises(InputError, match=f"--count 50000: there are {pool} distinct articles"):
+        pretraining_articles(replace(request, count=50_000), [], set())
 
 
-def test_own_task_files(tmp_path: Path) -> None:
-    train, test = write_task_file(tmp_path / "a b.csv"), write_task_file(tmp_path / "test.csv", 6, seed=1)
-    classes, rows, test_rows = read_task_files([train, test])
-    assert classes == ["brazil", "france", "japan"] and len(rows) == 60 and len(test_rows) == 18
-    (tmp_path / "odd.csv").write_text('\ufefftext,label\r\n"a, b\r\nc",x\r\nd,y\r\n', encoding="utf-8", newline="")
-    assert read_task_files([tmp_path / "odd.csv"])[:2] == (["x", "y"], [("a, b\nc", 0), ("d", 1)])
-    for content, message in (("a,b\n1,2\n", "line 1"), ("label,text\nx\n", "line 2"), ("label,text\nx,y\n", "at least two")):
-        (tmp_path / "bad.csv").write_text(content, encoding="utf-8")
-        with pytest.raises(InputError, match=message):
-            read_task_files([tmp_path / "bad.csv"])
-    (tmp_path / "new.csv").write_text("label,text\nchina,x\n", encoding="utf-8")
-    with pytest.raises(InputError, match="'china' does not occur"):
-        read_task_files([train, tmp_path / "new.csv"])
+def test_dev_and_test_texts_are_left_out_of_the_articles(tmp_path: Path) -> None:
+    """Those of `topics` also by their titles and by their first 90 letters."""
+    request = Request(task=("topics",), preset="smoke", raw_dir=write_vital(tmp_path))
+    (topics,), titles = data.read_tasks(request, "x")
+    train, held_out, left_out = pretraining_articles(request, [topics], titles)
+    assert left_out["task_texts"] == len(topics.dev + topics.test) == len(titles) == 30
+    for article in train + held_out:
+        assert text_key(article.text) not in keys(topics.dev + topics.test)
+        assert article.title.casefold() not in titles
+
+    own = Task("own", ["a", "b"], [("a train text", 0)], [("a DEV\n text", 0)], [("A test.", 1)])
+    long = "river of france " * 8
+    left_out = ["A dev text", "a  test.", topics.test[0][0] + " and more", long.upper() + "1", " "]
+    kept = ["a train text", "a test", long + "1", long + "2", *TEXTS]
+    records = [{"text": text} for text in kept + left_out]
+    records.append({"title": min(titles).upper(), "text": "another text of the same title"})
+    request = Request(articles=(write_jsonl(tmp_path / "a.jsonl", records),))
+    train, held_out, counts = pretraining_articles(request, [topics, own], titles)
+    assert counts == {"empty": 1, "copies": 1, "task_texts": 4}
+    assert {article.text for article in train + held_out} == set(kept)
 
 
-def test_real_data(raw_data: Path) -> None:
-    fewrel = sample_task("fewrel", *read_task("fewrel", raw_data), train_per_class=624, dev_per_class=70, test_per_class=70, min_class_size=694)
-    assert len(fewrel.classes) == 58 and len(fewrel.test) == len(fewrel.dev) == 58 * 70 and len(fewrel.train) == 58 * 554
-    with pytest.raises(InputError, match="has 12[24] rows.*--min-class-size 170"):
-        sample_task("fewrel", *read_task("fewrel", raw_data), train_per_class=100, dev_per_class=70, test_per_class=70)
-    agnews = sample_task("agnews", *read_task("agnews", raw_data), train_per_class=1000, dev_per_class=1000, test_per_class=1000)
-    dbpedia = sample_task("dbpedia", *read_task("dbpedia", raw_data), train_per_class=100, dev_per_class=100, test_per_class=100)
-    assert [len(rows) for rows in (agnews.train, agnews.dev, agnews.test)] == [4000] * 3
-    assert [len(rows) for rows in (dbpedia.train, dbpedia.dev, dbpedia.test)] == [1400] * 3
-    for task in (fewrel, agnews, dbpedia):
-        train, dev, test = parts_of(task)
-        assert not train & dev and not train & test and not dev & test
-    assert not any("#39;" in t or "&lt;" in t or "\\" in t for t, _ in agnews.train + agnews.test)
-
-
-# ------------------------------------------------------------------------------------------- token tables, batches
-def test_token_table() -> None:
-    tokenizer, texts = small_tokenizer(), [a["text"] for a in articles(50)] + [""]
-    table = encode_texts(texts, tokenizer, 24)
-    expected = tokenizer.encode(texts, 24)
-    assert [table.tokens[a:b].tolist() for a, b in zip(table.offsets, table.offsets[1:])] == [e.tolist() for e in expected]
-    assert table.tokens.dtype == np.uint16 and table.lengths.max() == 24 and table.lengths.min() == 2
-    part = table.subset(np.array([3, 7]))
-    assert part.tokens.tolist() == [*expected[3].tolist(), *expected[7].tolist()] and part.offsets.tolist() == [0, len(expected[3]), len(part.tokens)]
-    assert decode_texts(part, tokenizer)[1] == "".join(tokenizer.decode(expected[7]).split())
-
-
-@pytest.mark.parametrize("like_length", [False, True])
-def test_batches(like_length: bool) -> None:
-    tokenizer, texts = small_tokenizer(), [a["text"][: 20 + 9 * (i % 20)] for i, a in enumerate(articles(101))]
-    table = encode_texts(texts, tokenizer, 64)
-    batches = batch_order(table.lengths, 8, seed=1, epoch=2, like_length=like_length)
-    assert sorted(np.concatenate(batches)) == list(range(101)) and len(batches) == 13
-    again = batch_order(table.lengths, 8, 1, 2, like_length)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again))
-    assert not np.array_equal(batches[0], batch_order(table.lengths, 8, 1, 3, like_length)[0])
-    device = DeviceTable(table, torch.device("cpu"))
-    padded = 0
-    for rows in batches:
-        ids = device.batch(rows)
-        assert ids.dtype == torch.int64 and ids.size(1) % 8 == 0 and ids.size(1) - table.lengths[rows].max() < 8
-        padded += ids.numel()
-        for row, i in zip(ids.tolist(), rows):
-            length = int(table.lengths[i])
-            assert row[:length] == table.tokens[table.offsets[i] : table.offsets[i + 1]].tolist() and set(row[length:]) <= {PAD}
-    assert (padded < 1.15 * len(table.tokens)) == like_length
-
-
-# ---------------------------------------------------------------------------------------------------- data folder
-def test_a_folder_holds_what_it_was_made_from(tmp_path: Path) -> None:
-    raw = write_raw_folder(tmp_path / "raw")
-    source = write_articles(tmp_path / "a.jsonl.gz", 200)
-    place = prepared_folder(tmp_path / "data/x", source, [write_task_file(tmp_path / "own.csv")], task=("fewrel",), raw_dir=raw)
-    folder = open_folder(place)
-    assert len(folder.articles) == 190 and len(folder.held_out) == 10 and folder.meta["wikis"] == ["a", "b"] and len(folder.wikis) == 190
-    assert {p.name for p in place.iterdir()} == {"tokenizer.model", "tokenizer.vocab", "articles.bin", "articles.npy", "articles.wiki.npy",
-        "held_out.bin", "held_out.npy", "dataset.json", *(f"{task}.{part}.csv" for task in ("x", "fewrel") for part in ("train", "dev", "test"))}
-    for name in ("fewrel", "x"):
-        task = folder.task(name)
-        train, dev, test = parts_of(task)
-        assert not train & dev and not train & test and not dev & test and min(map(len, (train, dev, test))) > 2
-        with open(place / f"{name}.dev.csv", encoding="utf-8", newline="") as file:
-            assert list(csv.reader(file))[0] == ["label", "text"]
-    assert len(open_folder(place).task("x").train + folder.task("x").dev + folder.task("x").test) == 60
-    by_text = {text_key(a.text): a.wiki for a in read_articles([str(source)])}
-    tokenizer = folder.tokenizer
-    full = {"".join(tokenizer.decode(tokenizer.encode([text], folder.max_length)[0]).split()): wiki for text, wiki in
-            ((a.text, a.wiki) for a in read_articles([str(source)]))}
-    assert len(by_text) == 200
-    assert all(full[text] == folder.meta["wikis"][wiki] for text, wiki in zip(decode_texts(folder.articles, tokenizer), folder.wikis))
-
-
-def test_the_same_command_twice_and_another(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    source = tmp_path / "a.jsonl.gz"
-    write_articles(source, 200)
-    request = Request(articles=(str(source),), preset="smoke")
-    first = prepare(tmp_path / "data/x", request)
-    stamp = (tmp_path / "data/x/articles.bin").stat().st_mtime_ns
-    assert prepare(tmp_path / "data/x", request).id == first.id and "is there" in capsys.readouterr().out
-    assert (tmp_path / "data/x/articles.bin").stat().st_mtime_ns == stamp
-    moved = source.rename(tmp_path / "b.jsonl.gz")
-    with pytest.raises(InputError, match="made otherwise"):
-        prepare(tmp_path / "data/x", Request(articles=(str(moved),), preset="smoke", count=150))
-    moved.rename(source)
-    write_articles(source, 200, seed=1)
-    with pytest.raises(InputError, match="source articles 0"):
-        prepare(tmp_path / "data/x", request)
-    assert open_folder(tmp_path / "data/x").id == first.id
-    assert prepare(tmp_path / "data/x", request, fresh=True).id != first.id
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/letter.txt").write_text("dear", encoding="utf-8")
-    with pytest.raises(InputError, match="no data folder. Choose another name"):
-        prepare(tmp_path / "mine", request, fresh=True)
-    assert (tmp_path / "mine/letter.txt").exists()
-
-
-def test_a_folder_without_articles(tmp_path: Path) -> None:
-    """A given tokenizer and labels: for fine-tuning an old checkpoint on a new task."""
-    (tmp_path / "own.model").write_bytes(small_tokenizer().model)
-    labels = write_task_file(tmp_path / "train.csv"), write_task_file(tmp_path / "test.csv", 6, seed=1)
-    folder = open_folder(prepared_folder(tmp_path / "data/new", None, labels, tokenizer=tmp_path / "own.model"))
-    assert len(folder.articles) == len(folder.held_out) == 0 and folder.tokenizer.hash == small_tokenizer().hash
-    assert len(folder.task("new").test) == 18 and len(folder.task("new").train + folder.task("new").dev) == 60
-
-
-# --------------------------------------------------------------------------------------------------------- overlap
-def test_coverage_by_hand() -> None:
-    task, seen = np.array([2, 5, 5, 5, 6, 7, 3]), np.array([2, 5, 6, 9, 3])
-    result = coverage(task, seen, 10)
-    assert result["types"] == pytest.approx(2 / 3) and result["occurrences"] == pytest.approx(4 / 5) and result["types_common"] == 0
-    assert coverage(task, np.repeat(5, 100), 10)["occurrences_common"] == pytest.approx(3 / 5)
-
-
-def test_articles_are_chosen_by_overlap() -> None:
-    """Half of the articles speak of the task's places: high overlap chooses those, low overlap the others."""
-    rng = np.random.default_rng(0)
-    words = {"task": "france japan brazil".split(), "other": "peru kenya chile".split()}
-    texts = [" ".join(rng.choice(words["task" if i % 2 else "other"]) for _ in range(60)) for i in range(80)] + ["short text"] * 10
-    tokenizer = Tokenizer(train_tokenizer(texts, 30))
-    folder = corpus_of(texts, texts[:1], tokenizer)
-    folder.wikis[60:] = 1
-    task = encode_texts(["france japan", "brazil france"], tokenizer, 32)
-    scores = overlap_scores(folder.articles, task.tokens, tokenizer.vocab_size)
-    chosen = {overlap: choose_by_overlap(folder, scores, overlap, 20) for overlap in ("low", "random", "high")}
-    parities = {overlap: {int(i) % 2 for i in texts} for overlap, texts in chosen.items()}
-    assert parities == {"high": {1}, "low": {0}, "random": {0, 1}}
-    for part in chosen.values():
-        assert len(set(part)) == 20 and (folder.articles.lengths[part] == 32).all() and folder.wikis[part].sum() == 5
-    means = [scores[chosen[overlap]].mean() for overlap in ("low", "random", "high")]
-    assert means[0] < means[1] < means[2]
-    with pytest.raises(InputError, match="80 articles of .* fill 32 tokens"):
-        choose_by_overlap(folder, scores, "low", 41)
-
-
-def test_select(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A folder in, a folder out: the same tokenizer, tasks and held-out articles."""
-    texts = [a["text"] for a in articles(150)]
-    leak = "the river museum of norway describes the engine of the king in 1977, and nobody knows why"
-    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in [*texts, *(f"Article {i}: {leak}" for i in range(7))])
-    with open(tmp_path / "test.csv", "w", encoding="utf-8", newline="") as out:
-        csv.writer(out).writerows([["label", "text"], ["france", leak.upper()], ["japan", "bridge number 9 crosses japan"], ["brazil", "x brazil"]])
-    prepared_folder(tmp_path / "data/x", tmp_path / "b.jsonl.gz", [write_task_file(tmp_path / "train.csv"), tmp_path / "test.csv"], vocab_size=200, max_length=64)
-    source = open_folder(tmp_path / "data/x")
-    assert source.meta["tasks"]["x"]["test_rows_sharing_runs"] == pytest.approx(1 / 3)
-    clean = select(tmp_path / "data/x", tmp_path / "data/clean", clean=True, task="x")
-    assert clean.meta["selected"]["test_rows_sharing_runs"] == 0 and 4 <= len(source.articles) - len(clean.articles) <= 7
-    high = select(tmp_path / "data/x", tmp_path / "data/high", overlap="high", task="x", count=30)
-    low = select(tmp_path / "data/x", tmp_path / "data/low", overlap="low", task="x", count=30)
-    assert len(high.articles.tokens) == len(low.articles.tokens) == 30 * 64
-    assert high.meta["selected"]["mean_score"] > low.meta["selected"]["mean_score"]
-    within = select(tmp_path / "data/x", tmp_path / "data/within", scrambled="within")
-    assert within.id != source.id and Counter(within.articles.tokens.tolist()) == Counter(source.articles.tokens.tolist())
-    for folder in (clean, high, within):
-        assert folder.tokenizer.hash == source.tokenizer.hash and folder.task("x") == source.task("x")
-        assert np.array_equal(folder.held_out.tokens, source.held_out.tokens)
-    capsys.readouterr()
-    select(tmp_path / "data/x", tmp_path / "data/within", scrambled="within")
-    assert "is there" in capsys.readouterr().out
-    with pytest.raises(InputError, match="made otherwise"):
-        select(tmp_path / "data/x", tmp_path / "data/within", scrambled="across")
-    with pytest.raises(InputError, match="give one of"):
-        select(tmp_path / "data/x", tmp_path / "data/none")
-
-
-def test_controls_without_language() -> None:
-    """Within: each text keeps its tokens; across: the table keeps its own. Lengths and special tokens stay in place."""
-    table = encode_texts([a["text"] for a in articles(40)], small_tokenizer(), 32)
-    cut = lambda t: [t.tokens[a:b].tolist() for a, b in zip(t.offsets, t.offsets[1:])]  # noqa: E731
-    original = cut(table)
-    for across in (False, True):
-        control = scramble(table, across)
-        got = cut(control)
-        assert got != original and [len(x) for x in got] == [len(x) for x in original] and {(x[0], x[-1]) for x in got} == {(2, 3)}
-        assert Counter(control.tokens.tolist()) == Counter(table.tokens.tolist())
-        assert all(Counter(x) == Counter(y) for x, y in zip(got, original)) == (not across)
-
-
-def test_shared_runs() -> None:
-    """Against a search by hand, on texts with and without a run of 50 characters in common; any script, any length."""
-    rng = np.random.default_rng(1)
-    letters = list("abcж日本語あ")
-    texts = ["".join(rng.choice(letters, n)) for n in (*rng.integers(0, 60, 20), *rng.integers(60, 160, 40))]
-    rows = ["".join(rng.choice(letters, n)) for n in (10, 49, 50, 51, 90)]
-    rows += [texts[i][:k] + "z" for i, k in ((23, 49), (24, 50), (25, 60))] + [""]
-    texts += ["x" + rows[2] + "y", rows[4][3:53]]
-    runs = lambda text: {text[i : i + 50] for i in range(len(text) - 49)}  # noqa: E731
-    of_rows, of_texts = set().union(*map(runs, rows)), set().union(*map(runs, texts))
-    rows_hit, texts_hit = shared_runs(texts, rows)
-    assert rows_hit.tolist() == [bool(runs(row) & of_texts) for row in rows] and rows_hit.sum() == 4
-    assert texts_hit.tolist() == [bool(runs(text) & of_rows) for text in texts]
-
-
-def test_a_missing_wheel_without_pip_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_python_without_pip_is_told_what_to_do(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="which this Python lacks.*--articles"):
         data.vital_extracts(tmp_path)
 
 
-def test_marks_and_invisible_characters_make_no_other_text() -> None:
-    """One sentence with two pairs of marked entities goes to one part; so does one with a byte order mark inside."""
-    assert text_key("[# Paris #] is in [@ France @]") == text_key("[@ Paris @] is in [# France #]") == text_key("\ufeffParis is\u200b in France")
-    rows = [(f"[# a{i} #] of [@ b{i} @] c{i}", 0) for i in range(12)] + [(f"a{i} of [# b{i} #] [@ c{i} @]", 1) for i in range(12)]
-    task = sample_task("x", ["p", "q"], rows, None, train_per_class=0, dev_per_class=0, test_per_class=0)
-    train, dev, test = parts_of(task)
-    assert not train & dev and not train & test and not dev & test and len(task.train + task.dev + task.test) == 24
+def test_one_file_is_split_by_text_with_exact_counts(raw: Path) -> None:
+    parts = read_task("fewrel", raw)
+    for seed in range(5):
+        task = sample(parts, 8, 3, 5, seed=seed)
+        assert_disjoint(task)
+        assert rows_per_class(task) == [{8}, {3}, {5}]
+    assert sample(parts, 8, 3, 5, seed=4) == task
+    fewer = sample(parts, 5, 3, 5, seed=4)
+    assert fewer.test == task.test and fewer.dev == task.dev and fewer.train != task.train
+    task = sample(parts, 12, 3, 8, min_class_size=21)
+    assert task.classes == ["first relation", "second"]
+    assert "1 classes under 21 rows dropped" in task.note
 
 
-def test_many_wikis_fill_the_count() -> None:
-    texts = [" ".join(["river of norway"] * 30) + f" {i}" for i in range(30)]
-    folder = corpus_of(texts, texts[:1], small_tokenizer())
-    folder.wikis[:] = np.arange(30) // 3
-    for count in range(1, 16):
-        assert len(set(choose_by_overlap(folder, np.arange(30.0), "high", count))) == count
+@pytest.mark.parametrize("requested, expected", [
+    ((8, 4, 8), [{8}, {4}, {8}]),  # dev rows are rows that nothing else uses
+    ((9, 4, 8), [{5}, {4}, {8}]),  # too few for that: dev rows are training rows
+    ((0, 0, 0), [{14}, {2}, {4}])])  # a fifth for test, a tenth for dev
+def test_twenty_rows_a_class_are_divided(requested: tuple, expected: list) -> None:
+    rows = [(f"text {i}", i % 2) for i in range(40)]
+    assert rows_per_class(sample((["a", "b"], rows, None), *requested)) == expected
 
 
-def test_folders_that_cannot_be_made(tmp_path: Path) -> None:
-    labels = [write_task_file(tmp_path / "train.csv")]
-    source = write_articles(tmp_path / "a.jsonl.gz", 60)
-    with pytest.raises(InputError, match="topics is the name of a built-in task"):
-        prepare(tmp_path / "topics", Request(labels=labels, articles=[str(source)], preset="smoke"))
+def test_two_files_lose_the_training_rows_that_are_test_texts(raw: Path) -> None:
+    task = sample(read_task("agnews", raw))
+    assert [len(getattr(task, part)) for part in PARTS] == [72, 8, 81]
+    assert task.note.startswith("1 training rows left out")
+    assert_disjoint(task)
+
+
+def test_a_run_that_is_scored_on_test_rows_trains_on_train_and_dev_rows() -> None:
+    train = [("1", 0), ("2", 1), ("3", 0), ("4", 1)]
+    task = Task("t", ["a", "b"], train, [("5", 0), ("6", 1)], [("7", 0)], train_per_class=3)
+    assert task.rows("dev") == (train, task.dev)
+    assert task.rows("dev", 1) == (train[:2], task.dev)  # the first ones of each class
+    assert task.rows("test") == (train + task.dev, task.test)
+    task.train_per_class = 2
+    assert task.rows("test") == (train, task.test)
+
+
+def test_texts_are_the_same_if_only_blanks_case_form_and_marks_differ() -> None:
+    for one, other in (("Küche  am\nSee", "Ku\u0308che am see"), ("Straße", "STRASSE"),
+                       ("ﬁn", "fin"), ("[# A #] in [@ B @]", "[@ A @] in [# B #]"),
+                       ("\ufeffA is\u200b in B", "A is in B")):
+        assert text_key(one) == text_key(other)
+    others = ["C++", "C#", "-5", "5", "😀", "😁", "कि", "की", "ab", "abc"]
+    assert len({text_key(text) for text in others}) == len(others)
+
+
+@pytest.mark.parametrize("name, requested, min_class_size, expected", [
+    ("fewrel", (624, 70, 70), 694, [{58}, {554}, {70}, {70}]),
+    ("agnews", (1000, 1000, 1000), 0, [{4}, {1000}, {1000}, {1000}]),
+    ("dbpedia", (100, 100, 100), 0, [{14}, {100}, {100}, {100}])])
+def test_real_data(
+        raw_data: Path, name: str, requested: tuple, min_class_size: int, expected: list) -> None:
+    parts = read_task(name, raw_data)
+    task = sample(parts, *requested, min_class_size=min_class_size)
+    assert_disjoint(task)
+    assert [{len(task.classes)}, *rows_per_class(task)] == expected
+    if name == "agnews":
+        left_overs = [text for text, _ in parts[1] if re.search(r"#39;|&lt;|\\", text)]
+        assert not left_overs
+
+
+def test_a_token_table_holds_the_tokens_end_to_end() -> None:
+    table = encode_texts([*TEXTS, ""], TOKENIZER, 24)
+    expected = [row.tolist() for row in TOKENIZER.encode([*TEXTS, ""], 24)]
+    assert token_lists(table) == expected and table.tokens.dtype == np.uint16
+    assert table.cut_off == sum(len(row) > 24 for row in TOKENIZER.encode(TEXTS))
+    part = table.subset(np.array([3, 7]))
+    assert token_lists(part) == [expected[3], expected[7]]
+    assert decode_texts(part, TOKENIZER)[1] == TOKENIZER.decode(expected[7]).replace(" ", "")
+
+
+@pytest.mark.parametrize("like_length", [False, True])
+def test_batches_hold_each_text_once_in_an_order_that_repeats(like_length: bool) -> None:
+    table = encode_texts([text[: 20 + i] for i, text in enumerate(TEXTS[:101])], TOKENIZER, 64)
+    batches = data.batch_order(table.lengths, 8, seed=1, epoch=2, like_length=like_length)
+    again = data.batch_order(table.lengths, 8, 1, 2, like_length)
+    later = data.batch_order(table.lengths, 8, 1, 3, like_length)
+    assert sorted(np.concatenate(batches)) == list(range(101)) and len(batches) == 13
+    assert np.array_equal(np.concatenate(batches), np.concatenate(again))
+    assert not np.array_equal(np.concatenate(batches), np.concatenate(later))
+    device_table, rows = DeviceTable(table, torch.device("cpu")), token_lists(table)
+    padded = 0
+    for batch in batches:
+        ids = device_table.batch(batch)
+        T = ids.size(1)
+        assert ids.dtype == torch.int64 and T % 8 == 0 and T - table.lengths[batch].max() < 8
+        assert ids.tolist() == [rows[i] + [PAD] * (T - len(rows[i])) for i in batch]
+        padded += ids.numel()
+    assert (padded < 1.15 * len(table.tokens)) == like_length
+
+
+def test_a_folder_holds_what_it_was_made_from(folder: DataFolder) -> None:
+    assert len(folder.articles) == 150 and len(folder.held_out) == 7
+    names = {"tokenizer.model", "tokenizer.vocab", "articles.bin", "articles.npy",
+             "articles.wiki.npy", "held_out.bin", "held_out.npy", "dataset.json"}
+    for name in ("x", "fewrel"):
+        assert_disjoint(folder.task(name))
+        for part in PARTS:
+            names.add(f"{name}.{part}.csv")
+            content = (folder.path / f"{name}.{part}.csv").read_bytes()
+            assert content.startswith(b"label,text\r\n")
+    assert {path.name for path in folder.path.iterdir()} == names
+    own = folder.task("x")
+    assert len(own.train + own.dev) == 60 and len(own.test) == 3
+
+    table = encode_texts([source["text"] for source in SOURCE], folder.tokenizer, 64)
+    texts = decode_texts(table, folder.tokenizer)
+    wiki_of = {text: source["wiki"] for text, source in zip(texts, SOURCE)}
+    for text, wiki in zip(decode_texts(folder.articles, folder.tokenizer), folder.wikis):
+        assert wiki_of[text] == folder.meta["wikis"][wiki]
+
+
+def test_the_same_command_takes_the_folder_and_another_is_refused(
+        tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, place = write_articles(tmp_path / "a.jsonl.gz", 60), tmp_path / "data/x"
+    request = Request(articles=(str(source),), preset="smoke", vocab_size=150)
+    first = data.prepare(place, request)
+    stamp = (place / "articles.bin").stat().st_mtime_ns
+    moved = replace(request, articles=(str(source.rename(tmp_path / "b.jsonl.gz")),))
+    assert data.prepare(place, moved).id == first.id and "is there" in capsys.readouterr().out
+    assert (place / "articles.bin").stat().st_mtime_ns == stamp
+    with pytest.raises(InputError, match="made otherwise .count 0 there, 40 now.*--fresh"):
+        data.prepare(place, replace(moved, count=40))
+    write_articles(source, 60, seed=1)
+    with pytest.raises(InputError, match="source articles 0"):
+        data.prepare(place, request)
+    assert data.open_folder(place).id == first.id
+    assert data.prepare(place, request, fresh=True).id != first.id
+
+
+@pytest.mark.parametrize("name, fresh, message", [
+    ("topics", False, "topics is the name of a built-in task"),
+    ("letters", False, "letters: is there and no data folder. Choose another name"),
+    ("letters", True, "letters: is there and no data folder. Choose another name"),
+    ("", False, "has no name"),
+    ("w", False, "name 270 wikis .*, and at most 256")])
+def test_folders_that_cannot_be_made(
+        tmp_path: Path, name: str, fresh: bool, message: str) -> None:
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters/a.txt").write_text("dear", encoding="utf-8")
-    with pytest.raises(InputError, match="is there and no data folder. Choose another name"):
-        prepare(tmp_path / "letters", Request(articles=[str(source)], preset="smoke"))
-    with pytest.raises(InputError, match="has no name"):
-        prepare(Path(), Request(articles=[str(source)], preset="smoke"))
-    with gzip.open(tmp_path / "w.jsonl.gz", "wt", encoding="utf-8") as file:
-        file.writelines(json.dumps({"title": None, "text": a["text"], "wiki": f"w{i}"}) + "\n" for i, a in enumerate(articles(300)))
-    with pytest.raises(InputError, match="at most 256"):
-        prepare(tmp_path / "w", Request(articles=[str(tmp_path / "w.jsonl.gz")], preset="smoke"))
+    records = [article | {"wiki": f"w{i}"} for i, article in enumerate(articles(284))]
+    files = (write_jsonl(tmp_path / "a.jsonl", records),)
+    request = Request(articles=files, labels=[write_task_file(tmp_path / "a.csv")], preset="smoke")
+    with pytest.raises(InputError, match=message):
+        data.prepare(tmp_path / name if name else Path(), request, fresh)
+    assert (tmp_path / "letters/a.txt").exists() and not (tmp_path / "w").exists()
+
+
+def test_labels_and_a_tokenizer_make_a_folder_without_articles(tmp_path: Path) -> None:
+    """For fine-tuning an old checkpoint on a new task."""
+    (tmp_path / "own.model").write_bytes(TOKENIZER.model)
+    labels = [write_task_file(tmp_path / "a.csv")]
+    place = prepared_folder(tmp_path / "new", None, labels, tokenizer=tmp_path / "own.model")
+    folder = data.open_folder(place)
+    assert len(folder.articles) == len(folder.held_out) == 0
+    assert folder.tokenizer.hash == TOKENIZER.hash
+    assert sum(len(getattr(folder.task("new"), part)) for part in PARTS) == 60
+
+
+def test_coverage_by_hand() -> None:
+    task, seen = np.array([2, 5, 5, 5, 6, 7, 3]), np.array([2, 5, 6, 9, 3])
+    assert data.coverage(task, seen, 10) == pytest.approx(
+        {"types": 2 / 3, "occurrences": 4 / 5, "types_common": 0, "occurrences_common": 0})
+    often = data.coverage(task, np.repeat(5, 100), 10)
+    assert often["occurrences_common"] == pytest.approx(3 / 5)
+
+
+def test_articles_are_chosen_by_overlap() -> None:
+    """Odd articles speak of the task's places: high overlap chooses those, low the others."""
+    rng = np.random.default_rng(0)
+    places = ["peru kenya chile".split(), "france japan brazil".split()]
+    texts = [" ".join(rng.choice(places[i % 2], 60)) for i in range(80)] + ["short text"] * 10
+    tokenizer = Tokenizer(train_tokenizer(texts, 30))
+    corpus = corpus_of(texts, texts[:1], tokenizer)
+    corpus.wikis[60:] = 1
+    task = encode_texts(["france japan", "brazil france"], tokenizer, 32)
+    scores = data.overlap_scores(corpus.articles, task.tokens, tokenizer.vocab_size)
+    for overlap, parities in (("low", {0}), ("random", {0, 1}), ("high", {1})):
+        chosen = data.choose_by_overlap(corpus, scores, overlap, 20)
+        assert len(set(chosen)) == 20 and set(chosen % 2) == parities
+        assert (corpus.articles.lengths[chosen] == 32).all()
+        assert corpus.wikis[chosen].sum() == 5  # a quarter, as of all articles
+    with pytest.raises(InputError, match="80 articles of .* fill 32 tokens"):
+        data.choose_by_overlap(corpus, scores, "low", 41)
+    corpus.wikis[:80] = np.arange(80) // 3
+    for count in range(1, 41):  # the shares of many wikis add up
+        assert len(set(data.choose_by_overlap(corpus, scores, "high", count))) == count
+
+
+def test_selections_keep_tokenizer_tasks_and_held_out_articles(
+        folder: DataFolder, tmp_path: Path) -> None:
+    def select(name: str, **settings: object) -> DataFolder:
+        return data.select(folder.path, tmp_path / name, **settings)
+
+    assert folder.meta["tasks"]["x"]["test_rows_sharing_runs"] == pytest.approx(1 / 3)
+    clean = select("clean", clean=True, task="x")
+    assert clean.meta["selected"]["test_rows_sharing_runs"] == 0
+    assert len(folder.articles) - len(clean.articles) == (folder.wikis == 2).sum() > 0
+    high = select("high", overlap="high", task="x", count=30)
+    low = select("low", overlap="low", task="x", count=30)
+    assert len(high.articles.tokens) == len(low.articles.tokens) == 30 * 64
+    assert high.meta["selected"]["mean_score"] > low.meta["selected"]["mean_score"]
+    within = select("within", scrambled="within")
+    assert within.id != folder.id and len(within.articles) == len(folder.articles)
+    for made in (clean, high, low, within):
+        assert made.tokenizer.hash == folder.tokenizer.hash and made.task("x") == folder.task("x")
+        assert np.array_equal(made.held_out.tokens, folder.held_out.tokens)
+    assert select("within", scrambled="within").id == within.id
+    with pytest.raises(InputError, match="made otherwise"):
+        select("within", scrambled="across")
+    with pytest.raises(InputError, match="give one of"):
+        select("none")
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_controls_keep_lengths_and_tokens_but_no_order(across: bool) -> None:
+    """Tokens move within each text, or across texts. Special tokens stay in place."""
+    table = encode_texts(TEXTS[:40], TOKENIZER, 32)
+    control = data.scramble(table, across)
+    assert sorted(control.tokens) == sorted(table.tokens)
+    assert not np.array_equal(control.tokens, table.tokens)
+    kept = 0
+    for new, old in zip(token_lists(control), token_lists(table)):
+        assert len(new) == len(old) and new[0] == CLS and new[-1] == SEP
+        kept += sorted(new) == sorted(old)
+    assert (kept == 40) != across
+
+
+def runs_of(texts: list[str]) -> set[str]:
+    """All runs of 50 characters, found slowly."""
+    runs: set[str] = set()
+    for text in texts:
+        runs |= {text[i : i + 50] for i in range(len(text) - 49)}
+    return runs
+
+
+def test_shared_runs_are_those_that_a_slow_search_finds() -> None:
+    rng = np.random.default_rng(1)
+    letters = list("abcж日本語あ")
+    sizes = [*rng.integers(0, 60, 20), *rng.integers(60, 160, 40)]
+    texts = ["".join(rng.choice(letters, size)) for size in sizes]
+    rows = ["".join(rng.choice(letters, size)) for size in (10, 49, 50, 51, 90)]
+    rows += [texts[23][:49] + "z", texts[24][:50] + "z", texts[25][:60] + "z", ""]
+    texts += ["x" + rows[2] + "y", rows[4][3:53]]
+    rows_hit, texts_hit = data.shared_runs(texts, rows)
+    assert rows_hit.sum() == 4
+    assert rows_hit.tolist() == [bool(runs_of([row]) & runs_of(texts)) for row in rows]
+    assert texts_hit.tolist() == [bool(runs_of([text]) & runs_of(rows)) for text in texts]

@@ -20,12 +20,12 @@ import torch
 import finetune as finetuning
 import pretrain as pretraining
 from data import DataFolder, InputError, Request, Task, load_table, open_folder, prepare
-from data import read_metadata
+from data import read_metadata, save_array
 from finetune import Predictor, finetune, load_logits, start_of
 from material import articles, corpus_of, on_cpu, prepared_folder, pretrain_run, small_tokenizer
 from material import tables_of, write_articles
 from pretrain import PRESETS, is_out_of_memory, load_checkpoint, read_json
-from tokenizer import save_tokenizer
+from tokenizer import full_disk_named, save_tokenizer
 
 STEPS = [1, 2, 3, 4, 5, 6, 7, 8]
 RECIPE = replace(PRESETS["smoke"], steps=8)
@@ -143,6 +143,9 @@ def test_a_full_disk_keeps_the_folder_and_the_tokenizer_that_are_there(
                 prepare(tmp_path / "data" / name, request, fresh=name == "old")
     with pytest.raises(InputError, match="no space left"):
         save_tokenizer(small_tokenizer(190), tmp_path / "data/own.model")
+    with pytest.raises(InputError, match="no space left"), full_disk_named("x.npy"):
+        save_array(tmp_path / "x.npy", np.zeros(20_000))  # np.save does not say why it fails
+    (tmp_path / "x.npy").unlink()
     after = contents(tmp_path)
     assert before.pop("data/own.vocab") and after.pop("data/own.vocab")  # for readers alone
     assert after == before
