@@ -160,6 +160,8 @@ def plot_attention(run: Path, text: str, out: Path) -> None:
             axes.set_title(f"layer {layer}, head {head}", fontsize=8)
             axes.set_xticks(range(T), tokens, rotation=90, fontsize=6)
             axes.set_yticks(range(T), tokens, fontsize=6)
+    figure.supxlabel("token that is attended to")
+    figure.supylabel("token that attends")
     figure.colorbar(image, ax=panels, label="attention weight; a row sums to 1", shrink=0.6)
     save(figure, out)
 

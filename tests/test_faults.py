@@ -39,15 +39,6 @@ def corpus() -> DataFolder:
     return corpus_of(texts[20:], texts[:20], small_tokenizer())
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tiny models slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def save_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretraining, "SAVE_SECONDS", -1.0)

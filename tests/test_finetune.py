@@ -103,14 +103,15 @@ def test_piece_features_by_hand(corpus: DataFolder) -> None:
     expected = F.normalize(expected)
     found = piece_features(table, idf).to_dense()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    assert torch.equal(found[0], found[1]) and not found[3].any() and not found[:, :FIRST_PIECE].any()
+    assert torch.equal(found[0], found[1])
+    assert not found[3].any() and not found[:, :FIRST_PIECE].any()
 
 
 def test_logistic_regression_is_sklearns(corpus: DataFolder) -> None:
     """The same accuracy as scikit-learn's, for a decay of the same strength."""
     linear_model = pytest.importorskip("sklearn.linear_model")
     labelled = [(a["text"], i % 4) for i, a in enumerate(articles(200))]
-    train, test = labelled[:160], labelled[80:]  # two thirds of the test rows can be learnt by heart
+    train, test = labelled[:160], labelled[80:]  # two thirds of the test rows are known
     for decay in (1e-2, 1e-4):
         (found,) = logistic_regression((train, test), corpus, 4, [decay])
         table, test_table = (encode_texts([t for t, _ in part], corpus.tokenizer, 32)

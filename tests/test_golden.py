@@ -8,7 +8,6 @@ positions, labels, drawn once) and the loss of each step of the paper's recipe w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +42,6 @@ GOLDEN: dict[tuple[str, str], tuple[list[list[float]], float]] = {
                               [-0.6814288312, 1.8051262693, -1.0097507209]], 2.8168081472),
 }
 PINS = json.loads(Path(__file__).with_name("pins.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, such small products take ten times as long on two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def is_scale(name: str) -> bool:

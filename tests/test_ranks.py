@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 def torchrun(processes: int, arguments: list[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                f"--nproc_per_node={processes}", str(ROOT / "pretrain.py"), *arguments]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+    return subprocess.Popen(command, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 
@@ -57,14 +57,11 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path,
     assert process.returncode and err.count("stopped at step") == 1, err
     assert 0 < torch.load(ranks / "last.pt", weights_only=True)["step"] < 120
     process = torchrun(3, [*arguments, str(tmp_path / "ranks")])
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, err
     assert out.count("held-out loss") == 1 and "3 ranks" in out, out  # rank 0 alone prints
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments, str(tmp_path / "one")])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a busy machine takes far longer with two
     pretraining.main()
-    torch.set_num_threads(threads)
     assert len(figures(one, "loss")) == 120
     for name in ("loss", "held_out_loss"):
         assert figures(ranks, name) == pytest.approx(figures(one, name), abs=2e-4)
@@ -76,7 +73,7 @@ def test_two_ranks_then_three_equal_one_process(tmp_path: Path,
 
 def test_bad_input_on_several_ranks_is_one_line(tmp_path: Path) -> None:
     process = torchrun(2, ["--data", str(tmp_path / "none"), "--runs-dir", str(tmp_path)])
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert err.count("error: ") == 1 and "no data folder" in err, err
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +20,6 @@ from tokenizer import CLS, FIRST_PIECE, MASK
 
 SMALL = theirs.Reference(layers=1, width=64, heads=1, vocab_size=200, epochs=2, batch_size=8,
                          lr=1e-3, max_length=32, dropout=0.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine, such small products take ten times as long on two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +28,6 @@ SCRIPTS = ["tokenizer", "data", "model", "pretrain", "finetune", "committee"]
 EXTRAS = ["transformers", "tokenizers", "safetensors", "google", "matplotlib", "sklearn",
           "hypothesis", "pytest", "pip"]  # packages that the scripts do without
 TEXT = "bridge number 3 crosses brazil today"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tiny models slow on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def call(script: str, words: list[str]) -> tuple[int, str]:
