@@ -154,8 +154,9 @@ def finetune(tables: TaskTables, start: Start, recipe: FinetuneRecipe, seed: int
         if checkpoint:
             bert = {name[5:]: x for name, x in weights.items() if name.startswith("bert.")}
             load_weights(model.bert, bert, checkpoint)
-        # Exercise: train the head alone with model.bert.requires_grad_(False), and --fresh. How
-        # much of the gap between pre-trained and from scratch is left?
+        # Exercise: train the classifier's own two layers alone: model.bert.requires_grad_(False)
+        # here, and --runs-dir runs/frozen with the old --checkpoint. How much does each accuracy
+        # fall: pre-trained, and from scratch?
         model.to(runtime.device)
         batches = Batches(tables.train.lengths, recipe, seed, like_length=True)
 

@@ -123,7 +123,8 @@ def attention_weights(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
     q, k: (B, H, T, D); mask: (B, 1, 1, T), 0 at real tokens, -inf at padding -> (B, H, T, T).
     """
     # Exercise: let a token attend only to itself and to those before it, as a GPT does. Set
-    # Attention.fused to False below, and train with --fresh. How much does the loss rise?
+    # Attention.fused to False below, and train with --runs-dir runs/causal. How much does the
+    # held-out loss rise?
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
     return scores.add_(mask).softmax(dim=-1)  # exp(-inf) = 0: nobody attends to padding
 
@@ -265,8 +266,8 @@ class Bert(nn.Module):
         """input_ids: (B, T), PAD behind shorter texts -> hidden states (..., T, C)."""
         real = input_ids != PAD  # (B, T)
         positions = torch.arange(input_ids.size(1), device=input_ids.device)
-        # Exercise: leave out the positions, and train with --fresh. How much does the model lose if
-        # it cannot know the order of the tokens?
+        # Exercise: leave out the positions, and train with --runs-dir runs/unordered. How much does
+        # the held-out loss rise if the model cannot know the order of the tokens?
         x = self.token(input_ids) + self.position(positions).unsqueeze(-3)  # (..., T, C)
         if self.config.norm == "post":
             x = self.embedding_norm(x)
@@ -363,7 +364,8 @@ class Classifier(nn.Module):
 
 def vote(logits: Tensor) -> Tensor:
     """The soft vote: the mean of the members' probabilities. (K, B, classes) -> (B, classes)."""
-    # Exercise: let each member vote for one class (nothing has to be trained again). Is it worse?
+    # Exercise: let each member vote for one class, and give the same committee.py command again. It
+    # trains nothing, and writes a new table. Is it worse? Who wins if two members disagree?
     return logits.float().softmax(dim=-1).mean(dim=0)
 
 

@@ -165,8 +165,10 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float,
     shapes repeat, and nothing waits for a GPU to count. If fewer tokens are chosen, position 0
     fills up, with the label -100 (it does not count). If more are, the last ones are left out.
     """
-    # Exercise: choose whole words. A word begins at a piece with "▁", so number the words, and
-    # draw one number for each. Train with --fresh. Does fine-tuning gain from it?
+    # Exercise: mask all pieces of a word, or none. A word begins at a piece with "▁". This function
+    # sees only ids, so make a table (V,) of 1 (begins a word, or is special) and 0 in pretrain(),
+    # number the words with cumsum, and give all pieces of a word the same number in `draw`. Train
+    # with --runs-dir runs/words. Compare the accuracies: held-out losses are masked here, too.
     device = input_ids.device
     flat = input_ids.flatten()
     M = math.ceil(rate * len(flat) / 64) * 64
@@ -294,7 +296,8 @@ def make_optimizers(model: nn.Module, recipe: Recipe,
 
 def schedule(recipe: Recipe, step: int, steps: int) -> float:
     """The factor on the learning rates: a linear warm-up, then a linear decay to 0."""
-    # Exercise: keep the rate constant after the warm-up, and train with --fresh. Compare the loss.
+    # Exercise: keep the rate constant after the warm-up, and train with --runs-dir runs/constant.
+    # Compare the held-out losses. (Fine-tuning calls this function, too.)
     warmup = int(recipe.warmup * steps)
     return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
 
@@ -516,8 +519,8 @@ class Run:
             if config.exists():
                 if different := setting_differences(read_json(config), self.settings):
                     raise InputError(f"{self.folder}: made with other settings "
-                                     f"({', '.join(different)}). Choose another --name, or --fresh "
-                                     "to throw it away")
+                                     f"({', '.join(different)}). Choose another name; or throw it "
+                                     "away (--fresh, or delete the folder)")
             else:
                 with write_atomically(self.folder / "tokenizer.model") as file:
                     file.write(self.tokenizer.model)
@@ -953,7 +956,7 @@ def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, flo
     input_ids = encode_with_masks(text, tokenizer, model.config.max_length)
     positions = (input_ids[0] == MASK).nonzero().squeeze(1)
     guesses = []
-    for row in model(input_ids, positions).softmax(-1):
+    for row in model(input_ids, positions)[:, : tokenizer.vocab_size].softmax(-1):
         best = row.topk(top)
         pieces = [tokenizer.pieces.id_to_piece(int(i)) for i in best.indices]
         guesses.append(list(zip(pieces, best.values.tolist())))
@@ -969,7 +972,7 @@ def show(folder: Path, text: str) -> None:
     torch.manual_seed(0)
     masked_ids, positions, labels = mask_tokens(input_ids, V, 0.25)
     label_at = dict(zip(positions.tolist(), labels.tolist()))
-    probabilities = model(masked_ids, torch.arange(T)).softmax(-1)  # (T, V)
+    probabilities = model(masked_ids, torch.arange(T))[:, :V].softmax(-1)  # (T, V)
 
     def piece(token: int | Tensor) -> str:
         return tokenizer.pieces.id_to_piece(int(token))

@@ -39,7 +39,9 @@ SPECIALS: dict[str, Any] = dict(
 TRAINING: dict[str, Any] = dict(
     model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995,
     num_threads=4, minloglevel=2, max_sentence_length=1 << 16)
-# Exercise: train with model_type="bpe" (--train), and compare the pieces of one text (--show).
+# Exercise: set model_type="bpe" and run `data.py prepare bpe --task topics`. Compare the pieces of
+# a text: `tokenizer.py --model data/vital/tokenizer.model --show TEXT`, and with data/bpe. Models
+# must be trained again for other pieces: `committee.py --data bpe`.
 MOST_CHARACTERS = 20_000_000  # of training text; SentencePiece needs about 30 bytes for each
 LONGEST_TEXT = 16_000  # characters; SentencePiece drops texts over max_sentence_length bytes
 # Two entities may be marked: "[#Paris#] is the capital of [@France@]". Each mark becomes a special

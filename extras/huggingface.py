@@ -4,11 +4,13 @@ It imports the six scripts; none of them imports it.
 
     pip install -r extras/requirements.txt
     python -m extras.huggingface export runs/pretrain/RUN my-bert
-    python -m extras.huggingface export runs/finetune/RUN my-classifier     pooling=cls alone
+    python -m extras.huggingface export runs/finetune/RUN my-classifier
     python -m extras.huggingface import my-bert NAME                        makes runs/pretrain/NAME
 
 AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer and the pipelines read the
 exported folder. Our BERT is their type "bert"; with LayerNorm before the blocks, "megatron-bert".
+A classifier can be exported if it was fine-tuned with --set pooling=cls. Their pipeline does not
+cut off long texts by itself: give it truncation=True.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from pretrain import tokenizer_of, weights_hash
 from tokenizer import CLS, FIRST_PIECE, PAD, SEP, SPECIAL_PIECES, UNK, InputError, Parser
 from tokenizer import Tokenizer, run_script, write_atomically
 
-THEIRS: dict[tuple[str, type], Any] = {
+THEIR_CLASSES: dict[tuple[str, type], Any] = {
     ("post", MaskedLM): transformers.BertForMaskedLM,
     ("post", Classifier): transformers.BertForSequenceClassification,
     ("pre", MaskedLM): transformers.MegatronBertForMaskedLM,
@@ -43,8 +45,8 @@ THEIRS: dict[tuple[str, type], Any] = {
 }
 TYPE_TABLE = "bert.embeddings.token_type_embeddings.weight"
 PROTOBUF: Any = sentencepiece_model_pb2  # its classes exist only at run time
-UNUSED = ("bert.pooler.", "pooler.", "cls.seq_relationship.", "classifier.",
-          "bert.embeddings.position_ids")
+IGNORED_TENSORS = ("bert.pooler.", "pooler.", "cls.seq_relationship.", "classifier.",
+                   "bert.embeddings.position_ids")
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -96,8 +98,8 @@ def to_hugging_face(model: MaskedLM | Classifier, classes: Sequence[str] = ()) -
                          "a model without one")
     if is_classifier and c.pooling != "cls":
         raise InputError(f"export: {c.pooling} pooling has no counterpart in transformers. "
-                         "Fine-tune with --set pooling=cls")
-    kind = THEIRS[c.norm, type(model)]
+                         "Fine-tune with --set pooling=cls (committee.py: --finetune-set)")
+    kind = THEIR_CLASSES[c.norm, type(model)]
     config = kind.config_class(
         vocab_size=c.vocab_size, hidden_size=c.width, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, intermediate_size=4 * c.width, hidden_act="gelu",
@@ -142,10 +144,12 @@ def from_hugging_face(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     and names what is missing, unknown or different.
     """
     try:
-        settings = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        settings = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False)
         config = our_config(settings)
-        theirs, report = THEIRS[config.norm, MaskedLM].from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32,
+        theirs, report = THEIR_CLASSES[config.norm, MaskedLM].from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, dtype=torch.float32,
+            attn_implementation="eager", output_loading_info=True,
             ignore_mismatched_sizes=True)  # so that they are named below
     except Exception as error:  # a damaged folder raises one of a dozen kinds
         reason = " ".join(str(error).split())[:300]
@@ -161,7 +165,7 @@ def from_hugging_face(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     if report["mismatched_keys"]:
         raise InputError(f"{folder}: cannot be imported: shapes that config.json does not give: "
                          f"{sorted(map(str, report['mismatched_keys']))[:9]}")
-    unknown = [name for name in report["unexpected_keys"] if not name.startswith(UNUSED)]
+    unknown = [name for name in report["unexpected_keys"] if not name.startswith(IGNORED_TENSORS)]
     if lacking := sorted(missing & wanted):
         raise InputError(f"{folder}: cannot be imported: missing tensors {lacking[:9]}")
     if unknown:
@@ -250,7 +254,8 @@ def export_model(model: MaskedLM | Classifier, tokenizer: Tokenizer, folder: Pat
 
 def export_run(run: Path, folder: Path) -> None:
     """Export the model of a pre-training run or of a finished fine-tuning run."""
-    kind = read_json(run / "config.json", "kind")["kind"]
+    path = run / "config.json"
+    kind = read_json(path, "kind")["kind"] if path.exists() else ""
     if kind == "pretrain":
         model, tokenizer = load_masked_lm(run)
         export_model(model, tokenizer, folder)
@@ -270,8 +275,11 @@ def import_checkpoint(folder: Path, name: str, tokenizer_file: Path | None, runs
     """
     if not name.strip(".") or Path(name).name != name:
         raise InputError(f"{name!r} is not the name of a run folder. Name one without slashes")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: cannot be imported: it has no config.json. Name a folder that "
+                         "save_pretrained wrote")
     own = folder / "tokenizer.model"
-    if not (tokenizer_file or own.exists()) and folder.is_dir():
+    if not (tokenizer_file or own.exists()):
         raise InputError(f"{folder}: has no tokenizer.model, so its tokenizer (a vocab.txt?) "
                          "differs from ours, and its embeddings belong to other tokens. "
                          "--tokenizer FILE.model goes on in spite of that")

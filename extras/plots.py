@@ -23,10 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from finetune import check_finished
 from model import attention_weights
-from pretrain import damage_named, encode_with_masks, load_masked_lm, read_json
+from pretrain import damage_named, encode_with_masks, load_masked_lm, load_settings, read_json
 from tokenizer import InputError, Parser, run_script, write_atomically
 
+MOST_TOKENS = 40
 COLOURS = {"pre-trained": "#0072B2", "from scratch": "#D55E00"}  # safe for the colour-blind
 
 
@@ -35,12 +37,12 @@ def break_step(steps: Sequence[int], losses: Sequence[float], baseline: float) -
 
     From this step on, the mean of five points stays 0.1 nats below the baseline.
     """
-    found = None
+    first_step = None
     for i in reversed(range(len(losses))):
         if np.mean(losses[max(0, i - 4) : i + 1]) > baseline - 0.1:
             break
-        found = steps[i]
-    return found
+        first_step = steps[i]
+    return first_step
 
 
 def plot_losses(runs: Sequence[Path], out: Path) -> None:
@@ -48,14 +50,17 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5))
     for number, run in enumerate(runs):
         colour = f"C{number % 10}"
+        if "recipe" not in load_settings(run, "pretrain"):
+            raise InputError(f"{run}: was imported, so it has no loss curve")
+        check_finished(run, "pre-training")
         results = read_json(run / "results.json", "unigram_loss")
         with damage_named(run / "log.jsonl"):
             text = (run / "log.jsonl").read_text(encoding="utf-8")
             lines = [json.loads(line) for line in text.splitlines()]
-        curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-        held_out = [(line["step"], line["held_out_loss"]) for line in lines
-                    if "held_out_loss" in line]
-        steps, losses = zip(*curve)
+            curve = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+            held_out = [(line["step"], line["held_out_loss"]) for line in lines
+                        if "held_out_loss" in line]
+            steps, losses = zip(*curve)
         leaves = break_step(steps, losses, results["unigram_loss"])
         where = f"leaves the baseline at step {leaves}" if leaves else "stays at the baseline"
         axes.plot(steps, losses, color=colour, linewidth=1, label=f"{run.resolve().name}: {where}")
@@ -69,22 +74,29 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
     save(figure, out)
 
 
+def committee_results(run: Path) -> dict:
+    if (run / "config.json").exists() or not (run / "results.json").exists():
+        raise InputError(f"{run}: not a finished committee. Name a folder in runs/committee")
+    return read_json(run / "results.json", "tasks", "settings")
+
+
 def plot_accuracies(run: Path, out: Path) -> None:
     """The table of a committee's run: a panel for each task, with 95 % intervals."""
-    tasks = read_json(run / "results.json", "tasks")["tasks"]
+    tasks = committee_results(run)["tasks"]
     figure, panels = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4.5), squeeze=False,
                                   layout="constrained")
-    for axes, (task, about) in zip(panels[0], tasks.items()):
-        labels = list(about["table"])
+    for axes, (task, of_task) in zip(panels[0], tasks.items()):
+        labels = list(of_task["table"])
         for kind, offset in (("pre-trained", -0.18), ("from scratch", 0.18)):
-            found = [about["table"][label][kind] for label in labels]
+            found = [of_task["table"][label][kind] for label in labels]
             means = np.array([one["mean"] for one in found])
             low = means - np.array([one["low"] for one in found])
             high = np.array([one["high"] for one in found]) - means
             axes.barh(np.arange(len(labels)) + offset, means, height=0.34, color=COLOURS[kind],
                       xerr=[low, high], ecolor="0.2", capsize=3, label=kind)
         for name, style in (("largest class", ":"), ("logistic regression", "--")):
-            axes.axvline(100 * about["yardsticks"][name], color="0.3", linestyle=style, label=name)
+            accuracy = 100 * of_task["yardsticks"][name]
+            axes.axvline(accuracy, color="0.3", linestyle=style, label=name)
         axes.set(title=task, xlabel="accuracy in %, with 95 % intervals", xlim=(0, 100),
                  yticks=range(len(labels)), yticklabels=labels)
         axes.invert_yaxis()
@@ -95,12 +107,12 @@ def plot_accuracies(run: Path, out: Path) -> None:
 
 def plot_sizes(run: Path, out: Path) -> None:
     """Accuracy of the vote against the number of members, beside the deep model's."""
-    results = read_json(run / "results.json", "tasks", "settings")
+    results = committee_results(run)
     deep, most = results["settings"]["deep"], results["settings"]["members"]
     figure, panels = plt.subplots(1, len(results["tasks"]), figsize=(5 * len(results["tasks"]), 4),
                                   squeeze=False, layout="constrained")
-    for axes, (task, about) in zip(panels[0], results["tasks"].items()):
-        table = about["table"]
+    for axes, (task, of_task) in zip(panels[0], results["tasks"].items()):
+        table = of_task["table"]
         for kind, colour in COLOURS.items():
             sizes, found = [], []
             for label, row in table.items():
@@ -151,6 +163,9 @@ def plot_attention(run: Path, text: str, out: Path) -> None:
     """How much each token (row) attends to each token (column): a panel for each head."""
     tokens, weights = attention_of(run, text)
     rows, columns, T = len(weights), len(weights[0]), len(tokens)
+    if T > MOST_TOKENS:
+        raise InputError(f"--text: has {T} tokens, and a picture shows at most {MOST_TOKENS}. Give "
+                         "a shorter one")
     side = max(2.0, 0.16 * T)
     figure, panels = plt.subplots(rows, columns, figsize=(columns * side + 2, rows * side + 1),
                                   squeeze=False, layout="constrained", sharex=True, sharey=True)
@@ -158,8 +173,9 @@ def plot_attention(run: Path, text: str, out: Path) -> None:
         for head, (of_head, axes) in enumerate(zip(of_layer, line), 1):
             image = axes.imshow(of_head.numpy(), cmap="viridis", vmin=0, vmax=1)
             axes.set_title(f"layer {layer}, head {head}", fontsize=8)
-            axes.set_xticks(range(T), tokens, rotation=90, fontsize=6)
-            axes.set_yticks(range(T), tokens, fontsize=6)
+            # parse_math: "$" is no formula
+            axes.set_xticks(range(T), tokens, rotation=90, fontsize=6, parse_math=False)
+            axes.set_yticks(range(T), tokens, fontsize=6, parse_math=False)
     figure.supxlabel("token that is attended to")
     figure.supylabel("token that attends")
     figure.colorbar(image, ax=panels, label="attention weight; a row sums to 1", shrink=0.6)
@@ -182,6 +198,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.what != "losses" and len(args.run) > 1:
         raise InputError(f"{args.what}: name one run")
+    if args.out.suffix.lower() != ".png":
+        raise InputError(f"--out {args.out}: must end in .png")
     if args.what == "attention" and not args.text:
         raise InputError("attention: name a sentence with --text")
     if args.what == "losses":

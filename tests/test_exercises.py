@@ -23,7 +23,7 @@ from model import BertConfig
 
 # file: what is replaced or, if it ends in a line break, preceded by the solution
 CAUSAL = ("    return scores.add_(mask).softmax(dim=-1)",
-          "    future = torch.full(scores.shape[-2:], -math.inf).triu(1)\n"
+          "    future = torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(1)\n"
           "    return (scores + mask + future).softmax(dim=-1)")
 NO_POSITIONS = (" + self.position(positions).unsqueeze(-3)", "")
 HARD_VOTE = ("logits.float().softmax(dim=-1)",

@@ -159,7 +159,7 @@ def test_our_weights_there(shape: tuple, norm: str, head: str, attention: str, f
 def test_their_weights_here(shape: tuple, norm: str, tmp_path: Path) -> None:
     """Random weights of theirs, token-type table included, saved by them and imported by us."""
     layers, width, heads, vocab_size, max_length, lengths = shape
-    kind = huggingface.THEIRS[norm, MaskedLM]
+    kind = huggingface.THEIR_CLASSES[norm, MaskedLM]
     theirs = shake(kind(kind.config_class(
         vocab_size=vocab_size, num_hidden_layers=layers, hidden_size=width,
         num_attention_heads=heads, intermediate_size=4 * width,
@@ -376,13 +376,22 @@ def test_import_names_a_damaged_folder(content: bytes, exported: tuple, tmp_path
         from_hugging_face(tmp_path)
 
 
-def test_import_executes_nothing(exported: tuple, tmp_path: Path) -> None:
+def test_import_executes_nothing(exported: tuple, tmp_path: Path,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a pickle nor Python code beside the config."""
     class Harm:
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / "harm",)
 
     harm: dict = {"bert.embeddings.word_embeddings.weight": Harm()}
     write_folder(tmp_path, exported[1], harm, "pytorch_model.bin")
+    with pytest.raises(InputError, match="cannot be imported"):
+        from_hugging_face(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    settings = {"model_type": "evil", "auto_map": {"AutoConfig": "harm.Config"}}
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'harm')!r}).touch()\n"
+    (tmp_path / "harm.py").write_text(code, encoding="utf-8")
+    write_folder(tmp_path, settings, exported[2])
     with pytest.raises(InputError, match="cannot be imported"):
         from_hugging_face(tmp_path)
     assert not (tmp_path / "harm").exists()
@@ -517,7 +526,7 @@ def test_export_refuses_other_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"kind": "data"}', encoding="utf-8")
     with pytest.raises(InputError, match="neither a pre-training nor a fine-tuning run"):
         huggingface.export_run(tmp_path, tmp_path / "there")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="neither a pre-training nor a fine-tuning run"):
         huggingface.export_run(tmp_path / "nowhere", tmp_path / "there")
 
 
@@ -527,6 +536,7 @@ def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path,
     """Our own export and a foreign folder, which needs --tokenizer, can be fine-tuned."""
     foreign, runs_dir, model_file = (tmp_path / name for name in ("foreign", "runs", "my.model"))
     ours = shake(MaskedLM(BertConfig(tokenizer.vocab_size + 3, 1, 64, 1, 32)), 1)
+    ours.bias.data[-3:] = 100.0  # of embeddings for which the tokenizer has no piece
     export_model(ours, tokenizer, tmp_path / "export")
     transformers.BertModel(to_hugging_face(ours).config).save_pretrained(foreign)
     model_file.write_bytes(tokenizer.model)
@@ -538,7 +548,7 @@ def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path,
 
     with pytest.raises(InputError, match="tokenizer.*differs.*--tokenizer"):
         bring(foreign, "other")
-    with pytest.raises(InputError, match="cannot be imported"):
+    with pytest.raises(InputError, match="cannot be imported: it has no config.json"):
         bring(tmp_path / "nowhere", "other")
     for name in ("", "..", "a/b"):
         with pytest.raises(InputError, match="name of a run folder"):
@@ -556,6 +566,7 @@ def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path,
     model, again = pretrain.load_masked_lm(imported[0])
     assert again.hash == tokenizer.hash
     assert_same_tensors(model.state_dict(), ours.state_dict())
+    assert len(pretrain.fill_mask(imported[0], "the [MASK] of france")[0]) == 5
     with pytest.raises(InputError, match="head"):
         pretrain.load_masked_lm(imported[1])
     labels = [write_task_file(tmp_path / "train.csv", 12)]

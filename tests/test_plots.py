@@ -33,9 +33,15 @@ def test_loss_curves(tmp_path: Path) -> None:
     runs = [pretrain_run("bert-1", recipe, corpus, seed, tmp_path / "runs") for seed in (0, 1)]
     plot_losses(runs, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
-    (runs[1] / "log.jsonl").write_text("rubbish", encoding="utf-8")
-    with pytest.raises(InputError, match="log.jsonl: cannot be read"):
+    for content in ("rubbish", "", "1\n", '{"loss": 1}\n'):
+        (runs[1] / "log.jsonl").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="log.jsonl: cannot be read"):
+            plot_losses(runs, tmp_path / "losses.png")
+    (runs[1] / "results.json").unlink()
+    with pytest.raises(InputError, match="pre-training has not ended"):
         plot_losses(runs, tmp_path / "losses.png")
+    with pytest.raises(InputError, match="not a finished committee"):
+        plot_accuracies(runs[0], tmp_path / "x.png")
 
 
 def test_accuracies(tmp_path: Path) -> None:
@@ -52,7 +58,7 @@ def test_accuracies(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_attention(tmp_path: Path) -> None:
+def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are softmax(q k / sqrt(D)) of what the layer really sees."""
     texts = [a["text"] for a in articles(60)]
     corpus = corpus_of(texts[20:], texts[:20], small_tokenizer())
@@ -72,3 +78,6 @@ def test_attention(tmp_path: Path) -> None:
         assert torch.allclose(weights[head], expected, atol=1e-6)
     plot_attention(run, text, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("extras.plots.MOST_TOKENS", 5)
+    with pytest.raises(InputError, match="a picture shows at most 5"):
+        plot_attention(run, text, tmp_path / "x.png")
