@@ -133,6 +133,8 @@ def test_a_compiled_model_is_one_graph(device: torch.device, monkeypatch: pytest
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_run_computes_the_same(device: torch.device, corpus: DataFolder,
                                           tmp_path: Path) -> None:
+    if device.type == "cpu":
+        pytest.skip("test_ranks.py compiles for a CPU, which takes a minute")
     curves = []
     for compile in (False, True):
         runtime = Runtime(device, torch.float32, "", tmp_path / str(compile), compile=compile)
