@@ -1,4 +1,5 @@
-"""committee.py - the whole job in one command: train what is missing, vote, time, print a table.
+"""committee.py - the whole job in one command: train what is missing, vote, time, print a table
+and, in three sentences, what the language models have learnt.
 
 Last of the six files, and the one to run first.
 
@@ -37,9 +38,9 @@ from finetune import make_tables, predict, print_header, recipe_for, start_of, y
 from model import MODELS, Committee, count_parameters
 from pretrain import PRESETS as PRETRAIN_PRESETS
 from pretrain import PretrainRecipe, Runtime, add_run_flags, choose_runtime, chosen_recipe
-from pretrain import fields_help, open_data, pretrain, read_json, result_record, settings_hash
-from pretrain import stop_signals, whole_number, write_json
-from tokenizer import Parser
+from pretrain import fields_help, fill_mask, open_data, pretrain, read_json, result_record
+from pretrain import settings_hash, stop_signals, whole_number, write_json
+from tokenizer import UNK, Parser
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee
 MEMBER_SEED = 100  # the members' seeds begin here, so that none is a deep model's
@@ -80,6 +81,7 @@ class Trained:
     model: Model
     task: str
     kind: str  # one of KINDS
+    checkpoint: Path  # the pre-training run, also for a twin from scratch
     folder: Path
     correct: np.ndarray  # (rows,): 1.0 where it is right, else 0.0
 
@@ -116,7 +118,8 @@ def train_model(model: Model, job: Job, data: DataFolder,
         recipe = recipe_for(task, job.finetune_recipe, job.preset)
         for kind in KINDS:
             folder = finetune(tables[task], starts[kind], recipe, model.seed, job.runtime)
-            trained.append(Trained(model, task, kind, folder, is_correct([folder])))
+            correct = is_correct([folder])
+            trained.append(Trained(model, task, kind, checkpoint, folder, correct))
     return trained
 
 
@@ -323,6 +326,48 @@ def report_latency(trained: Sequence[Trained], tables: TaskTables,
     return latency
 
 
+# ---- the language --------------------------------------------------------------------------------
+
+
+def held_out_sentences(data: DataFolder, count: int = 3) -> list[tuple[str, str]]:
+    """(the beginning of a held-out article with [MASK] for one word, the word), `count` times."""
+    pieces = data.tokenizer.pieces
+    found: list[tuple[str, str]] = []
+    for start, end in zip(data.held_out.offsets, data.held_out.offsets[1:]):
+        ids = data.held_out.tokens[start + 1 : end - 1][:24].tolist()
+        names = [pieces.id_to_piece(i) for i in ids]
+        begins = [name.startswith("▁") for name in names]
+        # A word of one piece and of four letters or more, not among the first, before another word
+        words = [k for k in range(4, len(ids) - 1)
+                 if begins[k] and begins[k + 1] and len(names[k]) > 4]
+        if words and UNK not in ids and len(found) < count:
+            k = words[len(words) // 2]
+            text = f"{pieces.decode(ids[:k])} [MASK] {pieces.decode(ids[k + 1 :])}"
+            found.append((text, names[k].removeprefix("▁")))
+    return found
+
+
+def report_language(trained: Sequence[Trained], data: DataFolder) -> list[dict]:
+    """Print what the first model of each name puts in place of [MASK]."""
+    checkpoints: dict[str, Path] = {}
+    for one in trained:
+        checkpoints.setdefault(one.model.name, one.checkpoint)
+    record: list[dict] = []
+    sentences = held_out_sentences(data)
+    if not sentences:  # a script without blanks between words
+        return record
+    print("\nheld-out articles: what the models put in place of [MASK], with probabilities")
+    for text, word in sentences:
+        print(f"{text} ... ({word})")
+        guesses: dict[str, list] = {}
+        for name, checkpoint in checkpoints.items():
+            guesses[name] = fill_mask(checkpoint, text, top=4)[0]
+            best = ", ".join(f"{piece.removeprefix('▁')} {p:.2f}" for piece, p in guesses[name])
+            print(f"    {name:26}{best}")
+        record.append({"text": text, "word": word, "guesses": guesses})
+    return record
+
+
 # ---- the whole job -------------------------------------------------------------------------------
 
 
@@ -351,6 +396,7 @@ def run_job(job: Job, data: DataFolder, jobs: int) -> None:
         tasks[task] = report_task(tables[task], of_task, job)
     first = [one for one in trained if one.task == job.tasks[0]]
     latency = report_latency(first, tables[job.tasks[0]], job)
+    language = report_language(first, data)
     settings = {"data": data.id, "dtype": str(job.runtime.dtype)}
     for name, value in asdict(job).items():
         if name not in ("data", "runtime"):
@@ -358,7 +404,7 @@ def run_job(job: Job, data: DataFolder, jobs: int) -> None:
     folder = job.runtime.runs_dir / "committee" / (
         f"{'-'.join(job.tasks)}-{settings_hash(settings)}")
     record = result_record(settings, seconds=round(time.perf_counter() - started, 1), tasks=tasks,
-                           latency_ms=latency, hardware=job.runtime.reason)
+                           latency_ms=latency, language=language, hardware=job.runtime.reason)
     write_json(folder / "results.json", record)
     print(f"\n{folder / 'results.json'} written; {record['seconds'] / 60:.1f} minutes in all (what "
           "was there already was not trained again)")

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 import committee as committees
-from committee import (Job, Trained, committee_correct, gap, measure_latency,
-                       planned_models, report_task, table_rows)
+from committee import (Job, Trained, committee_correct, gap, held_out_sentences, measure_latency,
+                       planned_models, report_language, report_task, table_rows)
 from data import DataFolder, Task
 from finetune import PRESETS as FINETUNE_PRESETS
-from material import articles, corpus_of, on_cpu, small_tokenizer, tables_of
+from material import PLACES, SUBJECTS, VERBS, articles, corpus_of, on_cpu, pretrain_run
+from material import small_tokenizer, tables_of
 from model import Classifier, named_config
-from pretrain import PRESETS
+from pretrain import PRESETS, fill_mask
+from tokenizer import Tokenizer, train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
 from votes import agreement, calibration_error
@@ -46,9 +48,13 @@ def test_planned_models() -> None:
 
 def trained_models(rng: np.random.Generator) -> list[Trained]:
     """Every planned model, pre-trained and from scratch, right on random rows."""
-    return [Trained(model, "two", kind, Path(f"{kind} {model.name} {model.seed}"),
-                    (rng.random(40) < (0.8 if kind == "pre-trained" else 0.5)).astype(float))
-            for model in planned_models(JOB) for kind in committees.KINDS]
+    trained = []
+    for model in planned_models(JOB):
+        for kind, accuracy in (("pre-trained", 0.8), ("from scratch", 0.5)):
+            correct = (rng.random(40) < accuracy).astype(float)
+            folder = Path(f"{kind} {model.name} {model.seed}")
+            trained.append(Trained(model, "two", kind, Path("checkpoint"), folder, correct))
+    return trained
 
 
 def test_the_table(corpus: DataFolder, monkeypatch: pytest.MonkeyPatch,
@@ -118,3 +124,25 @@ def test_calibration_and_agreement_by_hand() -> None:
     assert calibration_error(torch.eye(2), torch.tensor([0, 1])) == 0
     a, b, c = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 1]), torch.tensor([0, 1, 1, 0])
     assert agreement([a, b, c]) == pytest.approx((0.5 + 1 + 0.5) / 3)
+
+
+def test_masked_words_of_held_out_articles(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The words come from the held-out articles, and the answers from the checkpoints."""
+    texts = [a["text"] for a in articles(60)]
+    words = [*SUBJECTS, *VERBS, *PLACES]
+    tokenizer = Tokenizer(train_tokenizer(words * 30 + texts, 150))  # its pieces are whole words
+    corpus = corpus_of(texts[20:], texts[:20], tokenizer)
+    held_out = "".join(texts[:20]).casefold()
+    sentences = held_out_sentences(corpus)
+    assert len(sentences) == 3
+    for text, word in sentences:
+        assert text.replace("[MASK]", word) in held_out and len(word) > 3
+    checkpoint = pretrain_run("bert-1", PRESETS["smoke"], corpus, 0, tmp_path)
+    capsys.readouterr()
+    trained = [replace(one, checkpoint=checkpoint)
+               for one in trained_models(np.random.default_rng(0))]
+    record = report_language(trained, corpus)
+    shown = capsys.readouterr().out
+    for line in record:
+        assert line["text"] in shown and set(line["guesses"]) == {"bert-6", "bert-1", "bert-1-wide"}
+        assert line["guesses"]["bert-1"] == fill_mask(checkpoint, line["text"], 4)[0]
