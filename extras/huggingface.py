@@ -30,7 +30,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from finetune import load_classifier
+from finetune import load_classifier, start_of
 from model import INIT_STD, BertConfig, Classifier, MaskedLM
 from pretrain import Run, choose_runtime, load_masked_lm, load_settings, read_json, save_tensors
 from pretrain import tokenizer_of, weights_hash
@@ -253,10 +253,11 @@ def export_model(model: MaskedLM | Classifier, tokenizer: Tokenizer, folder: Pat
 
 
 def export_run(run: Path, folder: Path) -> None:
-    """Export the model of a pre-training run or of a finished fine-tuning run."""
+    """Export the model of a finished pre-training or fine-tuning run."""
     path = run / "config.json"
     kind = read_json(path, "kind")["kind"] if path.exists() else ""
     if kind == "pretrain":
+        start_of(run)  # raises InputError if its training has not ended
         model, tokenizer = load_masked_lm(run)
         export_model(model, tokenizer, folder)
     elif kind == "finetune":

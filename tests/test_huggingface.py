@@ -522,12 +522,19 @@ def test_interrupted_export_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path,
     assert not list(tmp_path.iterdir())
 
 
-def test_export_refuses_other_folders(tmp_path: Path) -> None:
+def test_export_refuses_other_folders(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"kind": "data"}', encoding="utf-8")
     with pytest.raises(InputError, match="neither a pre-training nor a fine-tuning run"):
         huggingface.export_run(tmp_path, tmp_path / "there")
     with pytest.raises(InputError, match="neither a pre-training nor a fine-tuning run"):
         huggingface.export_run(tmp_path / "nowhere", tmp_path / "there")
+    run = write_run(tmp_path / "run", MaskedLM(BertConfig(tokenizer.vocab_size, 1, 64, 1, 16)),
+                    tokenizer)
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    pretrain.write_json(run / "config.json", settings | {"recipe": {}})
+    (run / "results.json").unlink()
+    with pytest.raises(InputError, match="pre-training has not ended"):
+        huggingface.export_run(run, tmp_path / "there")
 
 
 def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path,
