@@ -38,8 +38,8 @@ from finetune import make_tables, predict, print_header, recipe_for, start_of, y
 from model import MODELS, Committee, count_parameters
 from pretrain import PRESETS as PRETRAIN_PRESETS
 from pretrain import PretrainRecipe, Runtime, add_run_flags, choose_runtime, chosen_recipe
-from pretrain import fields_help, fill_mask, open_data, pretrain, read_json, result_record
-from pretrain import settings_hash, stop_signals, whole_number, write_json
+from pretrain import fields_help, load_masked_lm, most_probable, open_data, pretrain, read_json
+from pretrain import result_record, settings_hash, stop_signals, whole_number, write_json
 from tokenizer import UNK, Parser
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee
@@ -334,13 +334,15 @@ def held_out_sentences(data: DataFolder, count: int = 3) -> list[tuple[str, str]
     pieces = data.tokenizer.pieces
     found: list[tuple[str, str]] = []
     for start, end in zip(data.held_out.offsets, data.held_out.offsets[1:]):
+        if len(found) == count:
+            break
         ids = data.held_out.tokens[start + 1 : end - 1][:24].tolist()
         names = [pieces.id_to_piece(i) for i in ids]
         begins = [name.startswith("▁") for name in names]
         # A word of one piece and of four letters or more, not among the first, before another word
         words = [k for k in range(4, len(ids) - 1)
                  if begins[k] and begins[k + 1] and len(names[k]) > 4]
-        if words and UNK not in ids and len(found) < count:
+        if words and UNK not in ids:
             k = words[len(words) // 2]
             text = f"{pieces.decode(ids[:k])} [MASK] {pieces.decode(ids[k + 1 :])}"
             found.append((text, names[k].removeprefix("▁")))
@@ -349,19 +351,20 @@ def held_out_sentences(data: DataFolder, count: int = 3) -> list[tuple[str, str]
 
 def report_language(trained: Sequence[Trained], data: DataFolder) -> list[dict]:
     """Print what the first model of each name puts in place of [MASK]."""
-    checkpoints: dict[str, Path] = {}
-    for one in trained:
-        checkpoints.setdefault(one.model.name, one.checkpoint)
     record: list[dict] = []
     sentences = held_out_sentences(data)
     if not sentences:  # a script without blanks between words
         return record
+    models: dict[str, tuple] = {}
+    for one in trained:
+        if one.model.name not in models:
+            models[one.model.name] = load_masked_lm(one.checkpoint)
     print("\nheld-out articles: what the models put in place of [MASK], with probabilities")
     for text, word in sentences:
         print(f"{text} ... ({word})")
         guesses: dict[str, list] = {}
-        for name, checkpoint in checkpoints.items():
-            guesses[name] = fill_mask(checkpoint, text, top=4)[0]
+        for name, (model, tokenizer) in models.items():
+            guesses[name] = most_probable(model, tokenizer, text, top=4)[0]
             best = ", ".join(f"{piece.removeprefix('▁')} {p:.2f}" for piece, p in guesses[name])
             print(f"    {name:26}{best}")
         record.append({"text": text, "word": word, "guesses": guesses})

@@ -947,10 +947,15 @@ def encode_with_masks(text: str, tokenizer: Tokenizer, max_length: int) -> Tenso
     return torch.tensor([ids])
 
 
-@torch.no_grad()
 def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
     """The most probable pieces, with their probabilities, for each [MASK] of a text."""
-    model, tokenizer = load_masked_lm(folder)
+    return most_probable(*load_masked_lm(folder), text, top)
+
+
+@torch.no_grad()
+def most_probable(model: MaskedLM, tokenizer: Tokenizer, text: str,
+                  top: int) -> list[list[tuple[str, float]]]:
+    """fill_mask with a model that is loaded already."""
     if "[MASK]" not in text:
         raise InputError("--fill-mask: the text has no [MASK] in it")
     input_ids = encode_with_masks(text, tokenizer, model.config.max_length)

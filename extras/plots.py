@@ -80,6 +80,14 @@ def committee_results(run: Path) -> dict:
     return read_json(run / "results.json", "tasks", "settings")
 
 
+def error_bars(intervals: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:
+    """(means (n,), how far each interval reaches below and above its mean (2, n))."""
+    means = np.array([one["mean"] for one in intervals])
+    low = np.array([one["low"] for one in intervals])
+    high = np.array([one["high"] for one in intervals])
+    return means, np.stack([means - low, high - means])
+
+
 def plot_accuracies(run: Path, out: Path) -> None:
     """The table of a committee's run: a panel for each task, with 95 % intervals."""
     tasks = committee_results(run)["tasks"]
@@ -89,11 +97,9 @@ def plot_accuracies(run: Path, out: Path) -> None:
         labels = list(of_task["table"])
         for kind, offset in (("pre-trained", -0.18), ("from scratch", 0.18)):
             found = [of_task["table"][label][kind] for label in labels]
-            means = np.array([one["mean"] for one in found])
-            low = means - np.array([one["low"] for one in found])
-            high = np.array([one["high"] for one in found]) - means
+            means, errors = error_bars(found)
             axes.barh(np.arange(len(labels)) + offset, means, height=0.34, color=COLOURS[kind],
-                      xerr=[low, high], ecolor="0.2", capsize=3, label=kind)
+                      xerr=errors, ecolor="0.2", capsize=3, label=kind)
         for name, style in (("largest class", ":"), ("logistic regression", "--")):
             accuracy = 100 * of_task["yardsticks"][name]
             axes.axvline(accuracy, color="0.3", linestyle=style, label=name)
@@ -122,10 +128,8 @@ def plot_sizes(run: Path, out: Path) -> None:
                 elif match := re.match(r"committee of (\d+)", label):
                     sizes.append(int(match[1]))
                     found.append(row[kind])
-            means = np.array([one["mean"] for one in found])
-            low = means - np.array([one["low"] for one in found])
-            high = np.array([one["high"] for one in found]) - means
-            axes.errorbar(sizes, means, [low, high], color=colour, marker="o", capsize=3,
+            means, errors = error_bars(found)
+            axes.errorbar(sizes, means, errors, color=colour, marker="o", capsize=3,
                           label=f"committee, {kind}")
             if deep in table:
                 own = table[deep][kind]

@@ -54,7 +54,7 @@ def run(script: str, *arguments: object, status: int = 0) -> str:
 def start(script: str, *arguments: object) -> subprocess.Popen:
     """Start a script as a process, far from its folder, where no extra package can be imported."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
