@@ -1436,7 +1436,7 @@ class PreparePreset:
 
 
 PREPARE_PRESETS = {"paper": PreparePreset(30_522, 128, 90_000),
-                   "quick": PreparePreset(4_000, 128, 48_000),
+                   "quick": PreparePreset(4_000, 64, 48_000),
                    "smoke": PreparePreset(250, 32, 500)}
 
 
@@ -2123,7 +2123,7 @@ def add_prepare_flags(parser: Parser) -> None:
     add("--preset", choices=tuple(PREPARE_PRESETS), default="quick",
         help="vocabulary, length of texts, counts (default %(default)s)")
     add("--vocab-size", type=int, default=0, metavar="N", help="pieces (paper 30522, quick 4000)")
-    add("--max-length", type=int, default=0, metavar="N", help="tokens of a text (128)")
+    add("--max-length", type=int, default=0, metavar="N", help="tokens of a text (128, quick 64)")
     add("--train-per-class", type=int, metavar="N", help="training rows (own labels: all)")
     add("--test-per-class", type=int, metavar="N", help="test rows (own labels: a fifth)")
     add("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")

@@ -51,7 +51,7 @@ class FinetuneRecipe(Recipe):
 PRESETS = {
     "paper": FinetuneRecipe(),
     "quick": FinetuneRecipe(
-        epochs=5, min_steps=100, optimizer="muon", lr=3e-3, beta2=0.98, weight_decay=0.0, clip=1.0,
+        epochs=10, min_steps=200, optimizer="muon", lr=3e-3, beta2=0.98, weight_decay=0.0, clip=1.0,
         warmup=0.1, pooling="mean"),
     "smoke": FinetuneRecipe(epochs=1, batch_size=8, lr=1e-3, clip=1.0),
 }

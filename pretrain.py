@@ -104,7 +104,7 @@ class PretrainRecipe(Recipe):
 PRESETS = {
     "paper": PretrainRecipe(),
     "quick": PretrainRecipe(
-        steps=1_500, optimizer="muon", lr=1e-2, beta2=0.98, weight_decay=0.0, clip=1.0, warmup=0.05,
+        steps=2_000, optimizer="muon", lr=3e-3, beta2=0.98, weight_decay=0.0, clip=1.0, warmup=0.05,
         dropout=0.0, mask_rate=0.25, width=128, heads=4, norm="pre"),
     "smoke": PretrainRecipe(
         steps=6, batch_size=8, lr=1e-3, clip=1.0, warmup=0.2, dropout=0.0, width=64, heads=1,

@@ -75,9 +75,11 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
 
 
 def committee_results(run: Path) -> dict:
-    if (run / "config.json").exists() or not (run / "results.json").exists():
+    """The results of a committee. run: its folder, or the results file itself."""
+    path = run if run.suffix == ".json" else run / "results.json"
+    if (run / "config.json").exists() or not path.exists():
         raise InputError(f"{run}: not a finished committee. Name a folder in runs/committee")
-    return read_json(run / "results.json", "tasks", "settings")
+    return read_json(path, "tasks", "settings")
 
 
 def error_bars(intervals: Sequence[dict]) -> tuple[np.ndarray, np.ndarray]:

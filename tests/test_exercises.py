@@ -26,6 +26,8 @@ CAUSAL = ("    return scores.add_(mask).softmax(dim=-1)",
           "    future = torch.full(scores.shape[-2:], -math.inf, device=scores.device).triu(1)\n"
           "    return (scores + mask + future).softmax(dim=-1)")
 NO_POSITIONS = (" + self.position(positions).unsqueeze(-3)", "")
+WAVES = (" + self.position(positions).unsqueeze(-3)",
+         " + 0.14 * waves(positions, self.config.width)")
 HARD_VOTE = ("logits.float().softmax(dim=-1)",
              "F.one_hot(logits.argmax(-1), logits.size(-1)).float()")
 WHOLE_WORDS = ("    draw = torch.rand(len(flat), generator=generator, device=device)\n",
@@ -52,8 +54,8 @@ def with_change(original: ModuleType, change: tuple[str, str], folder: Path) -> 
 
 
 def test_every_exercise_has_a_test_here() -> None:
-    """Seven marks, and next to each the place that a test changes."""
-    changes = {"tokenizer.py": [BPE], "model.py": [CAUSAL, NO_POSITIONS, HARD_VOTE],
+    """Eight marks, and next to each the place that a test changes."""
+    changes = {"tokenizer.py": [BPE], "model.py": [CAUSAL, NO_POSITIONS, WAVES, HARD_VOTE],
                "pretrain.py": [WHOLE_WORDS, CONSTANT], "finetune.py": [HEAD_ALONE]}
     for path in ROOT.glob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -91,6 +93,23 @@ def test_without_positions_the_order_of_tokens_is_lost(tmp_path: Path) -> None:
     ids, turned = torch.tensor([[2, 7, 9, 30, 3]]), torch.tensor([[2, 30, 9, 7, 3]])
     assert not torch.allclose(bert(ids)[0, 0], bert(turned)[0, 0], atol=1e-4)
     assert torch.allclose(other(ids)[0, 0], other(turned)[0, 0], atol=1e-5)
+
+
+def test_fixed_waves_take_the_place_of_learned_positions(tmp_path: Path) -> None:
+    changed = with_change(model, WAVES, tmp_path)
+
+    def waves(positions: torch.Tensor, width: int) -> torch.Tensor:
+        angles = positions[:, None] / 10_000 ** (torch.arange(0, width, 2) / width)
+        return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+
+    changed.waves = waves
+    torch.manual_seed(0)
+    bert = changed.MaskedLM(changed.BertConfig(50, 1, 64, 1, 8)).eval().bert
+    ids, turned = torch.tensor([[2, 7, 9, 30, 3]]), torch.tensor([[2, 30, 9, 7, 3]])
+    before = bert(ids)
+    assert not torch.allclose(before[0, 0], bert(turned)[0, 0], atol=1e-4)
+    torch.nn.init.zeros_(bert.position.weight)
+    assert torch.equal(before, bert(ids))  # the learned table is not read
 
 
 def test_a_hard_vote_ignores_how_sure_a_member_is(tmp_path: Path) -> None:

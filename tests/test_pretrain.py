@@ -145,7 +145,7 @@ def test_every_seed_and_step_has_its_own_masks(corpus: DataFolder, tmp_path: Pat
 
 def test_recipes_from_the_command_line() -> None:
     quick = PRESETS["quick"]
-    assert chosen_recipe(quick, []) == quick and quick.steps == 1_500
+    assert chosen_recipe(quick, []) == quick and quick.steps == 2_000
     assert chosen_recipe(quick, ["epochs=2"]).total_steps(10) == 20  # not the preset's steps
     assert chosen_recipe(quick, ["epochs=2", "steps=7"]).total_steps(10) == 7
     assert PRESETS["paper"].total_steps(10) == 500
