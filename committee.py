@@ -1,9 +1,10 @@
-"""committee.py - the whole job in one command: train what is missing, vote, time, print a table
-and, in three sentences, what the language models have learnt.
+"""committee.py - the whole experiment in one command. It trains what is missing, lets the
+committee vote, measures the latency and prints a table. It also prints what the models predict
+for [MASK] in three sentences of held-out articles.
 
 Last of the six files, and the one to run first.
 
-    python committee.py                                        the embedded default
+    python committee.py                                        the default data folder
     python committee.py --data simple --task fewrel --members 6 --seeds 3
     python committee.py --predict "Some text." RUN             RUN: a folder in runs/committee
 
@@ -201,7 +202,7 @@ def committee_correct(trained: Sequence[Trained], size: int) -> list[np.ndarray]
 
 
 def table_rows(trained: Sequence[Trained], job: Job) -> dict[str, dict[str, list[np.ndarray]]]:
-    """Row of the table -> kind -> right or wrong by row, for each seed or member."""
+    """Label in the table -> kind -> for each seed or member: (rows,), 1.0 where it is right."""
     rows: dict[str, dict[str, list[np.ndarray]]] = {}
     for one in trained:
         label = one.model.name + (", one member" if one.model.is_member else "")
@@ -314,7 +315,8 @@ def report_latency(trained: Sequence[Trained], tables: TaskTables,
                 models.setdefault(f"{one.model.name}, one member", classifier)
             else:
                 models[one.model.name] = classifier
-    models[f"committee of {job.members}"] = Committee(voters)  # before the others are rounded
+    # First the committee, because for_inference changes the members in place
+    models[f"committee of {job.members}"] = Committee(voters)
     models = {name: job.runtime.for_inference(model) for name, model in models.items()}
     latency = measure_latency(models, tables, job.runtime)
     print(f"\n{'latency, a text of ' + tables.task.name:30}{'median ms':>12}{'10 to 90 %':>16}"
@@ -388,11 +390,12 @@ def run_job(job: Job, data: DataFolder, jobs: int) -> None:
     if jobs > 1:
         print(f"{len(models)} models, {jobs} at a time", flush=True)
         train_in_parallel(models, job, jobs)
+        # All runs are finished now. With fresh, the loop below would train them again.
         job = replace(job, runtime=replace(job.runtime, fresh=False))
     tables = tables_of(job, data)
     trained: list[Trained] = []
     for model in models:
-        trained += train_model(model, job, data, tables)
+        trained += train_model(model, job, data, tables)  # a finished run is only read
     tasks = {}
     for task in job.tasks:
         of_task = [one for one in trained if one.task == task]
@@ -433,7 +436,7 @@ def main() -> None:
     add("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="M",
         help="the members' models, in turn (default bert-1)")
     add("--deep", choices=(*MODELS, "none"), default="bert-6", metavar="M",
-        help="the model to reach (default %(default)s)")
+        help="the deep model to compare with, or none (default %(default)s)")
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="repeat everything N times")
     add("--jobs", type=whole_number(1), default=0, metavar="N",
         help="models trained at once (default: the threads, at most 4; on a GPU 1)")

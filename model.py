@@ -1,6 +1,6 @@
 """model.py - BERT, its two heads, and several classifiers as one model.
 
-Third of the six files. It imports nothing of the project. Read it from top to bottom:
+Third of the six files. Its classes import nothing from the project. Read it from top to bottom:
 configuration -> attention -> layer -> convolutional stem -> BERT -> heads -> committee.
 
     python model.py                                 each stage of BERT-1: shape and parameters
@@ -30,12 +30,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAD, SEP, MASK = 0, 3, 4  # ids of special tokens; tokenizer.py defines them
-HEAD_MARK, TAIL_MARK = MASK, SEP  # they stand around a marked head entity and tail entity
+# Marks of entities are special tokens that pre-training has trained: [MASK] before and after the
+# head entity, [SEP] before and after the tail. No token of a text to classify is masked.
+HEAD_MARK, TAIL_MARK = MASK, SEP
 NORMS = ("post", "pre")
 POOLINGS = ("cls", "mean", "entities")
 INIT_STD = 0.02  # standard deviation of the initial weights
 
-# cuDNN's attention drops weights in steps of 1/16 in some versions, so it is not used.
+# Some versions of cuDNN's attention round the dropout rate to a multiple of 1/16. So it is off.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -62,7 +64,8 @@ class BertConfig:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of {self.heads} heads")
         if self.norm not in NORMS or self.pooling not in POOLINGS:
-            raise ValueError(f"norm {self.norm!r} or pooling {self.pooling!r} does not exist")
+            raise ValueError(f"norm {self.norm!r} is not one of {NORMS}, or pooling "
+                             f"{self.pooling!r} not one of {POOLINGS}")
         object.__setattr__(self, "conv_kernels", tuple(self.conv_kernels))  # JSON makes a list
 
     @property
@@ -87,7 +90,7 @@ def named_config(name: str, width: int = 768, heads: int = 12, **settings) -> Be
     """The configuration of a model in MODELS.
 
     width, heads: those of the base model. A wider or narrower model has as many more or fewer
-    heads, so that a head keeps its width. Its own width is rounded to a multiple of 64.
+    heads, so that a head keeps its width. The scaled width is rounded to a multiple of 64.
     settings: other fields of BertConfig. Raises ValueError if they do not fit.
     """
     layers, relative_width, channels, kernels = MODELS[name]
@@ -140,8 +143,8 @@ def attention_by_hand(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, p: float = 
 class Attention(nn.Module):
     """Multi-head self-attention. One projection makes query, key and value."""
 
-    # Both ways compute the same function. None: PyTorch's fused kernel on a GPU, and by hand on a
-    # CPU, where the fused one takes four times as long to train in bf16. Or True, or False.
+    # True: PyTorch's fused kernel. False: attention_by_hand. Both compute the same function. None:
+    # fused on a GPU, and by hand on a CPU, where training with the kernel takes four times as long.
     fused: bool | None = None
 
     def __init__(self, config: BertConfig) -> None:
@@ -152,7 +155,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width)
 
     def project(self, x: Tensor) -> Tensor:
-        """x: (..., T, C) -> query, key and value: (3, B, H, T, D). Here B counts K * B texts."""
+        """x: (..., T, C) -> query, key and value: (3, B, H, T, D), or (3, K * B, H, T, D)."""
         T, C = x.shape[-2:]
         return self.qkv(x).view(-1, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
 
@@ -287,7 +290,8 @@ class Bert(nn.Module):
 
 
 def initialise(model: nn.Module) -> None:
-    """BERT's start: weights from N(0, INIT_STD), biases 0. Convolutions keep PyTorch's own."""
+    """BERT's initial values: weights with standard deviation INIT_STD, biases 0. Convolutions and
+    LayerNorms keep PyTorch's initial values."""
     for part in model.modules():
         if isinstance(part, (nn.Linear, nn.Embedding)):
             nn.init.normal_(part.weight, 0.0, INIT_STD)
@@ -299,7 +303,7 @@ def initialise(model: nn.Module) -> None:
 
 
 class MaskedLM(nn.Module):
-    """BERT with the masked-language-model head. Output and input embeddings are one table.
+    """BERT with the masked-language-model head. Output and input embeddings are tied.
 
     The head works on the masked positions alone. All other logits would be thrown away.
     """
@@ -321,7 +325,7 @@ class MaskedLM(nn.Module):
 
 
 def pool(hidden: Tensor, input_ids: Tensor, pooling: str) -> Tensor:
-    """What the classifier reads of each text.
+    """Make one vector of the hidden states of each text, for the classifier.
 
     hidden: (..., T, C); input_ids: (B, T) -> (..., C), or (..., 2 C) for "entities".
     "cls": the first token. "mean": the mean over the real tokens. "entities": the mean over the
@@ -339,12 +343,12 @@ def pool(hidden: Tensor, input_ids: Tensor, pooling: str) -> Tensor:
 
 
 def masked_mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    """hidden: (..., T, C) -> its mean where mask (B, T) is True (..., C); 0 if it never is."""
+    """The mean of hidden (..., T, C) over the tokens where mask (B, T) is True: (..., C), or 0."""
     return (hidden * mask[:, :, None]).sum(-2) / mask.sum(1, keepdim=True).clamp(min=1)
 
 
 class Classifier(nn.Module):
-    """BERT with a classifier: pool, linear map, tanh, linear map."""
+    """BERT with a classifier: pooling, linear layer, tanh, dropout, linear layer."""
 
     def __init__(self, config: BertConfig, classes: int) -> None:
         super().__init__()
@@ -381,13 +385,13 @@ class Committee(nn.Module):
             alike.setdefault(member.config, []).append(member)
         self.groups = nn.ModuleList()
         for config, group in alike.items():
-            if config.conv_kernels:  # a stem cannot be stacked
+            if config.conv_kernels:  # convolutions and BatchNorm have no stacked version
                 self.groups.extend(group)
             else:
                 self.groups.append(stack(group))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids: (B, T) -> the logits of all members (K, B, classes), in groups."""
+        """input_ids: (B, T) -> the logits of all members (K, B, classes), like members together."""
         logits = [group(input_ids) for group in self.groups]
         return torch.cat([x if x.dim() == 3 else x[None] for x in logits])
 
@@ -493,7 +497,7 @@ def main() -> None:
     except ValueError as error:
         raise InputError(f"--width: {error}") from None
     print(f"{args.model}: {config}")
-    print("one text of 128 tokens, 20 of them masked")
+    print("one text of 128 tokens; the head predicts 20 of them")
     model = MaskedLM(config).eval()
     print_stages(model, torch.full((1, config.max_length), MASK), torch.arange(20))
 

@@ -1,8 +1,9 @@
 """pretrain.py - masked-language-model training: masking, optimizers, the loop, checkpoints.
 
-Fourth of the six files. finetune.py uses its loop too.
+Fourth of the six files. finetune.py uses its loop too. Read first: recipes -> masked language
+modelling -> optimizers -> the loop. What follows keeps runs safe on disk and finds the device.
 
-    python pretrain.py                                      BERT-1 on the embedded default
+    python pretrain.py                                      BERT-1 on the default data folder
     python pretrain.py --model bert-6 --data simple         on the data folder data/simple
     python pretrain.py --data simple --max-articles 5000 --set lr=0.003 steps=2000
     python pretrain.py --fill-mask "Paris is the [MASK] of France." runs/pretrain/RUN
@@ -77,7 +78,7 @@ class Recipe:
     do not use Muon, so matrix_lr is ours."""
 
     epochs: int = option(50, "passes over the training texts", 1)
-    steps: int = option(0, "optimizer steps (0: as many as the epochs make)")
+    steps: int = option(0, "optimizer steps (0: from the epochs)")
     batch_size: int = option(32, "texts in a step", 1)
     optimizer: str = option("adamw", "adamw, or muon for the layers' matrices (AdamW for the rest)",
                             choices=("adamw", "muon"))
@@ -85,9 +86,9 @@ class Recipe:
     matrix_lr: float = option(0.02, "peak learning rate of Muon", high=1e3)
     beta2: float = option(0.999, "AdamW's decay of the squared gradients", high=0.99999)
     weight_decay: float = option(0.01, "decoupled weight decay, on every parameter", high=1e3)
-    clip: float = option(0.0, "largest norm of the gradient (0: any)")
+    clip: float = option(0.0, "gradient clipping: largest norm (0: no clipping)")
     warmup: float = option(0.0, "share of the steps in which the learning rate rises", high=1)
-    dropout: float = option(0.1, "share of numbers set to 0 in training", high=0.99)
+    dropout: float = option(0.1, "dropout rate", high=0.99)
 
     def total_steps(self, steps_an_epoch: int) -> int:
         return self.steps or self.epochs * steps_an_epoch
@@ -162,13 +163,15 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float,
     input_ids: (B, T) -> masked ids (B, T), positions (M,) in the B * T tokens, labels (M,).
 
     M depends on B, T and rate alone: it is rate * B * T, rounded up to a multiple of 64. So
-    shapes repeat, and nothing waits for a GPU to count. If fewer tokens are chosen, position 0
-    fills up, with the label -100 (it does not count). If more are, the last ones are left out.
+    shapes repeat, and nothing waits for a GPU to count. If fewer tokens are chosen, the
+    rest of positions is 0, with the label -100, which the loss ignores. If more are, the last ones
+    are left out.
     """
     # Exercise: mask all pieces of a word, or none. A word begins at a piece with "▁". This function
     # sees only ids, so make a table (V,) of 1 (begins a word, or is special) and 0 in pretrain(),
     # number the words with cumsum, and give all pieces of a word the same number in `draw`. Train
-    # with --runs-dir runs/words. Compare the accuracies: held-out losses are masked here, too.
+    # with --runs-dir runs/words, and compare the accuracies after fine-tuning. (held_out_loss masks
+    # with this function, too. So the losses cannot be compared.)
     device = input_ids.device
     flat = input_ids.flatten()
     M = math.ceil(rate * len(flat) / 64) * 64
@@ -178,11 +181,12 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float,
     tokens = flat[positions]
     random_tokens = torch.randint(FIRST_PIECE, vocab_size, (M,), generator=generator, device=device)
     draw = torch.rand(M, generator=generator, device=device)
+    # Below 0.8: [MASK]. From 0.8 to 0.9: a random token. Above: the token itself.
     new_tokens = torch.where(draw < 0.9, random_tokens, tokens)
     new_tokens = torch.where(draw < 0.8, MASK, new_tokens)
-    counts = tokens >= FIRST_PIECE  # False where position 0, a [CLS], fills up
-    new_tokens = torch.where(counts, new_tokens, tokens)
-    labels = torch.where(counts, tokens, -100)
+    is_chosen = tokens >= FIRST_PIECE  # False where the fill value 0 points at [CLS]
+    new_tokens = torch.where(is_chosen, new_tokens, tokens)
+    labels = torch.where(is_chosen, tokens, -100)
     return flat.scatter(0, positions, new_tokens).view_as(input_ids), positions, labels
 
 
@@ -203,7 +207,7 @@ def mlm_loss(model: nn.Module, input_ids: Tensor, vocab_size: int,
 
 def unigram_loss(train: TokenTable, held_out: TokenTable, vocab_size: int) -> float:
     """The loss, in nats, of a model that knows the tokens' frequencies and nothing else."""
-    seen = np.bincount(train.tokens, minlength=vocab_size)[FIRST_PIECE:] + 1.0
+    seen = np.bincount(train.tokens, minlength=vocab_size)[FIRST_PIECE:] + 1.0  # add-one smoothing
     counts = np.bincount(held_out.tokens, minlength=vocab_size)[FIRST_PIECE:]
     return float(-(counts * np.log(seen / seen.sum())).sum() / counts.sum())
 
@@ -265,7 +269,8 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
     """(n, rows, columns) -> matrices with the same singular vectors and singular values near 1.
 
-    Newton-Schulz iteration. After five steps most singular values lie between 0.7 and 1.2.
+    Newton-Schulz iteration, x <- (a + b X + c X X) x with X = x x^T. After five steps most
+    singular values lie between 0.7 and 1.2. The numbers are those of reference 3.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.size(1) > g.size(2) else g
@@ -482,10 +487,10 @@ class TrainingState:
     tokens: int = 0
     seconds: float = 0.0
     losses: list[Tensor] = field(default_factory=list)  # since the last line of the log
-    step_began: float = 0.0  # not kept
+    step_began: float = 0.0  # not in the checkpoint
 
     def count_time(self) -> None:
-        """Add the time of a step, or of its rest. Evaluations and checkpoints do not count."""
+        """Add the time since the step began, or since the last call. Evaluations do not count."""
         now = time.perf_counter()
         self.seconds += now - self.step_began
         self.step_began = now
@@ -494,8 +499,9 @@ class TrainingState:
 class Run:
     """A run folder. While it is open, a lock keeps other processes out.
 
-    config.json: the settings, which decide the result. log.jsonl: a JSON line for each hundredth
-    of the run. last.pt: the last checkpoint. tokenizer.model. results.json: when it is finished.
+    config.json: the settings, which decide the result. log.jsonl: about LOG_LINES lines with the
+    training loss, and one for each evaluation. last.pt: the last checkpoint. tokenizer.model.
+    results.json: when it is finished.
     A folder with other settings is refused, unless `runtime.fresh`. Of several ranks, only rank 0
     writes.
     """
@@ -561,7 +567,7 @@ class Run:
 
         Raises InputError if the loss, or at the end a weight, is not finite.
         """
-        mean = torch.stack(state.losses).mean().item()  # here alone does the host wait for a GPU
+        mean = torch.stack(state.losses).mean().item()  # .item() waits for a GPU
         if not math.isfinite(mean) or is_last and not all_finite(model):
             raise InputError(f"{self.folder}: the loss is {mean} at step {state.step}, or the "
                              "weights are not finite. Use a smaller lr (--set), or --dtype fp32. "
@@ -752,7 +758,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], folder: Path) -> 
 
 
 def open_data(name: str, preset: str) -> DataFolder:
-    """The data folder of this name. The embedded default (name "") is made if it is missing."""
+    """The data folder of this name. Name "": the default, which is made if it is missing."""
     path = data_path(name or default_name(preset))
     if not name and not path.exists():
         return prepare(path, Request(preset=preset))
@@ -779,7 +785,7 @@ class Runtime:
     """Where and how to compute.
 
     dtype: of matrix products. Weights stay in float32. On a CPU with bf16, the hidden states
-    between the layers are bf16 too.
+    between the layers are bf16 too. reason: device, threads and dtype in words.
     """
 
     device: torch.device
@@ -841,7 +847,7 @@ def keep_freed_memory() -> None:
     """Have the C library keep freed memory for the next step (glibc; elsewhere nothing happens).
 
     Otherwise it gives large blocks back, and the system fills each page with zeros before it
-    lends it again: a sixth to a quarter of a step of the paper's BERT-6 on two cores.
+    lends it again. That takes a sixth to a quarter of a step of the paper's BERT-6 on two cores.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -912,7 +918,7 @@ def rank_0_first() -> Iterator[None]:
     """The other ranks wait until rank 0 is through, and find on the disk what it made."""
     if rank():
         try:
-            largest_of_ranks(0)
+            largest_of_ranks(0)  # a barrier
         except RuntimeError:  # rank 0 has ended, and said why
             sys.exit(2)
     yield
@@ -999,7 +1005,7 @@ def whole_number(least: int) -> Callable[[str], int]:
     """An argparse type: a whole number, `least` or more."""
     def parse(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least}")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
         return int(text)
     return parse
 
@@ -1012,7 +1018,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
     add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of matrix products")
     add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="for the results")
-    add("--fresh", action="store_true", help="train again what is there")
+    add("--fresh", action="store_true", help="train again, even if the run is finished")
 
 
 def main() -> None:
@@ -1025,7 +1031,7 @@ def main() -> None:
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for the recipe")
     add("--name", default="", metavar="RUN", help="of the run folder (default: from the settings)")
     add("--compile", action="store_true", help="use torch.compile (meant for a GPU)")
-    add("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what RUN puts in place of [MASK]")
+    add("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what RUN predicts for each [MASK]")
     add("--show", nargs=2, metavar=("TEXT", "RUN"), help="how TEXT is masked, what RUN predicts")
     add_run_flags(parser)
     args = parser.parse_args()

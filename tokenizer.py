@@ -31,7 +31,7 @@ import sentencepiece as spm
 PAD, UNK, CLS, SEP, MASK = range(5)  # ids of the special tokens
 FIRST_PIECE = 5  # ordinary pieces begin here
 SPECIAL_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-# Four are control symbols: the string "[MASK]" in a text never becomes id 4.
+# All but [UNK] are control symbols: the string "[MASK]" in a text never becomes id 4.
 SPECIALS: dict[str, Any] = dict(
     pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, pad_piece="[PAD]", unk_piece="[UNK]",
     bos_piece="[CLS]", eos_piece="[SEP]", control_symbols="[MASK]")
@@ -144,7 +144,7 @@ class Parser(argparse.ArgumentParser):
             word, known = (wrong[1], flags) if wrong[1] else (wrong[2], values)
             near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"error: {message}{hint} ({self.prog} --help tells all flags)\n")
+        self.exit(2, f"error: {message}{hint} ({self.prog} --help lists all flags)\n")
 
 
 def training_texts(texts: Iterable[str]) -> Iterator[str]:
@@ -271,6 +271,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from tokenizer import main, run_script  # the module that data.py knows, not "__main__"
+    # As data.py imports it; otherwise there would be two classes InputError
+    from tokenizer import main, run_script
 
     run_script(main)

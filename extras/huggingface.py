@@ -138,7 +138,7 @@ def our_config(theirs: transformers.PretrainedConfig) -> BertConfig:
 
 
 def from_hugging_face(folder: Path) -> tuple[BertConfig, dict[str, Tensor]]:
-    """A folder of theirs -> our configuration and the weights of a MaskedLM.
+    """Read a folder of transformers: our configuration and the weights of a MaskedLM.
 
     Without a masked-language-model head there: the weights of its `bert` alone. Raises InputError,
     and names what is missing, unknown or different.
@@ -269,7 +269,7 @@ def export_run(run: Path, folder: Path) -> None:
 
 
 def import_checkpoint(folder: Path, name: str, tokenizer_file: Path | None, runs_dir: Path) -> Path:
-    """Make a folder of theirs the pre-training run `name` in runs_dir.
+    """Make a folder of transformers the pre-training run `name` in runs_dir.
 
     tokenizer_file: used instead of the tokenizer.model that our export leaves in the folder.
     Raises InputError if the folder cannot be imported or the run is there with other contents.
@@ -308,10 +308,10 @@ def main() -> None:
     parser = Parser(__doc__, prog="python -m extras.huggingface")
     commands = parser.add_subparsers(dest="action", required=True, metavar="export|import",
                                      parser_class=Parser)
-    add = commands.add_parser("export", help="write a run as a folder of theirs").add_argument
+    add = commands.add_parser("export", help="write a run as transformers' model").add_argument
     add("run", type=Path, metavar="RUN", help="a folder in runs/pretrain or runs/finetune")
     add("folder", type=Path, metavar="DIR", help="the folder to write: new, or empty")
-    add = commands.add_parser("import", help="make theirs a pre-training run").add_argument
+    add = commands.add_parser("import", help="make such a folder a pre-training run").add_argument
     add("folder", type=Path, metavar="DIR", help="a folder of type bert or megatron-bert")
     add("name", metavar="NAME", help="of the run folder to make in runs/pretrain")
     add("--tokenizer", type=Path, metavar="FILE", help="a .model (default: DIR/tokenizer.model)")

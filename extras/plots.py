@@ -32,7 +32,7 @@ MOST_TOKENS = 40
 COLOURS = {"pre-trained": "#0072B2", "from scratch": "#D55E00"}  # safe for the colour-blind
 
 
-def break_step(steps: Sequence[int], losses: Sequence[float], baseline: float) -> int | None:
+def plateau_end(steps: Sequence[int], losses: Sequence[float], baseline: float) -> int | None:
     """The step at which a loss curve leaves the unigram baseline.
 
     From this step on, the mean of five points stays 0.1 nats below the baseline.
@@ -61,7 +61,7 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
             held_out = [(line["step"], line["held_out_loss"]) for line in lines
                         if "held_out_loss" in line]
             steps, losses = zip(*curve)
-        leaves = break_step(steps, losses, results["unigram_loss"])
+        leaves = plateau_end(steps, losses, results["unigram_loss"])
         where = f"leaves the baseline at step {leaves}" if leaves else "stays at the baseline"
         axes.plot(steps, losses, color=colour, linewidth=1, label=f"{run.resolve().name}: {where}")
         axes.plot(*zip(*held_out), color=colour, linestyle="", marker="o", markersize=5)
@@ -198,8 +198,9 @@ def save(figure: plt.Figure, out: Path) -> None:
 def main() -> None:
     parser = Parser(__doc__, prog="python -m extras.plots")
     parser.add_argument("what", choices=("losses", "attention", "accuracies", "sizes"))
-    parser.add_argument("run", nargs="+", type=Path, help="pre-training runs, or a committee's")
-    parser.add_argument("--text", default="", help="for attention")
+    parser.add_argument("run", nargs="+", type=Path, help="losses, attention: pre-training runs; "
+                        "accuracies, sizes: a committee's run")
+    parser.add_argument("--text", default="", help="attention: the sentence to show")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .png to write")
     args = parser.parse_args()
     if args.what != "losses" and len(args.run) > 1:

@@ -372,7 +372,7 @@ def test_the_same_command_takes_the_folder_and_another_is_refused(
     moved = replace(request, articles=(str(source.rename(tmp_path / "b.jsonl.gz")),))
     assert data.prepare(place, moved).id == first.id and "is there" in capsys.readouterr().out
     assert (place / "articles.bin").stat().st_mtime_ns == stamp
-    with pytest.raises(InputError, match="made otherwise .count 0 there, 40 now.*--fresh"):
+    with pytest.raises(InputError, match="other settings .count 0 there, 40 now.*--fresh"):
         data.prepare(place, replace(moved, count=40))
     write_articles(source, 60, seed=1)
     with pytest.raises(InputError, match="source articles 0"):
@@ -383,8 +383,8 @@ def test_the_same_command_takes_the_folder_and_another_is_refused(
 
 @pytest.mark.parametrize("name, fresh, message", [
     ("topics", False, "topics is the name of a built-in task"),
-    ("letters", False, "letters: is there and no data folder. Choose another name"),
-    ("letters", True, "letters: is there and no data folder. Choose another name"),
+    ("letters", False, "letters: exists and is not a data folder. Choose another name"),
+    ("letters", True, "letters: exists and is not a data folder. Choose another name"),
     ("", False, "has no name"),
     ("w", False, "name 270 wikis .*, and at most 256")])
 def test_folders_that_cannot_be_made(
@@ -459,7 +459,7 @@ def test_selections_keep_tokenizer_tasks_and_held_out_articles(
         assert made.tokenizer.hash == folder.tokenizer.hash and made.task("x") == folder.task("x")
         assert np.array_equal(made.held_out.tokens, folder.held_out.tokens)
     assert select("within", scrambled="within").id == within.id
-    with pytest.raises(InputError, match="made otherwise"):
+    with pytest.raises(InputError, match="made with other settings"):
         select("within", scrambled="across")
     with pytest.raises(InputError, match="give one of"):
         select("none")

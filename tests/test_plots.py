@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("matplotlib")
 
 from data import InputError
-from extras.plots import attention_of, break_step, plot_accuracies, plot_attention, plot_losses
+from extras.plots import attention_of, plateau_end, plot_accuracies, plot_attention, plot_losses
 from extras.plots import plot_sizes
 from material import articles, corpus_of, pretrain_run, small_tokenizer
 from pretrain import PRESETS, encode_with_masks, load_masked_lm
@@ -22,8 +22,8 @@ def test_the_break_of_a_loss_curve() -> None:
     steps = range(40)
     falling = [6.0 - 0.1 * max(0, step - 20) for step in steps]
     noisy = [6.0 + 0.3 * (-1) ** step for step in steps]
-    assert 21 < break_step(steps, falling, 6.0) < 26
-    assert break_step(steps, noisy, 6.0) is None and break_step(steps, falling, 3.0) is None
+    assert 21 < plateau_end(steps, falling, 6.0) < 26
+    assert plateau_end(steps, noisy, 6.0) is None and plateau_end(steps, falling, 3.0) is None
 
 
 def test_loss_curves(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_marked_entities_tell_what_the_words_do_not(material: Path) -> None:
     assert json.loads(shown)["label"] == "france"
     for text in ("japan", "[# japan #] to france", "from [@ japan @]"):
         shown = run("finetune", "--predict", text, folder, status=2)
-        assert f"not both are in '{text}'" in shown
+        assert f"one is missing in '{text}'" in shown
 
 
 def test_another_script_than_latin_is_learnt(material: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_committee_predicts_the_mean_of_its_members(material: Path, committee:
 
 
 def test_one_process_or_two_give_the_same_table(material: Path, tmp_path: Path) -> None:
-    """Also: the embedded default is made from the raw folder."""
+    """Also: the default articles is made from the raw folder."""
     run("data", "prepare", material / "data/default", "--preset", "smoke", "--task", "topics",
         "--raw-dir", material / "raw")
     tables = []
