@@ -184,7 +184,7 @@ def plot_attention(run: Path, text: str, out: Path) -> None:
             axes.set_yticks(range(T), tokens, fontsize=6, parse_math=False)
     figure.supxlabel("token that is attended to")
     figure.supylabel("token that attends")
-    figure.colorbar(image, ax=panels, label="attention weight; a row sums to 1", shrink=0.6)
+    figure.colorbar(image, ax=panels, label="attention weight", shrink=0.8)
     save(figure, out)
 
 

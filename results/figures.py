@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from matplotlib.patches import FancyBboxPatch  # noqa: E402
 from extras.plots import plot_accuracies, plot_attention, plot_losses  # noqa: E402
 from extras.plots import plot_sizes, save  # noqa: E402
 
+# What the quick preset shares with the trials that it was chosen from
+QUICK = {"batch_size": 32, "lr": 0.003, "matrix_lr": 0.02, "mask_rate": 0.25}
 SENTENCE = "Paris is the capital of France."
 BOXES = [  # of the flow: title, what it is, the script that makes it, colour
     ("text", "openings of\nWikipedia articles", "data.py", "#E8E8E8"),
@@ -43,12 +46,36 @@ def draw_flow(out: Path) -> None:
     save(figure, out)
 
 
+def draw_minutes(trials: Path, out: Path) -> None:
+    """Loss and dev accuracy after pre-trainings of other lengths, each with its own schedule."""
+    runs = json.loads(trials.read_text(encoding="utf-8"))["runs"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for model, colour, marker in (("bert-6", "#0072B2", "o"), ("bert-1", "#D55E00", "s")):
+        points = []
+        for run in runs:
+            is_quick = run["changed"] == QUICK | {"steps": run["changed"]["steps"]}
+            if run["model"] == model and run["positions"] == "learned" and is_quick:
+                loss = list(run["held_out_loss"].values())[-1]
+                accuracy = sum(run["dev_accuracy"]) / len(run["dev_accuracy"])
+                points.append((run["seconds_of_training"] / 60, loss, accuracy))
+        minutes, losses, accuracies = zip(*sorted(points))
+        left.plot(minutes, losses, color=colour, marker=marker, label=model)
+        right.plot(minutes, accuracies, color=colour, marker=marker, label=model)
+    left.axhline(runs[0]["unigram_loss"], color="0.4", linestyle="--", label="unigram baseline")
+    left.set(xlabel="minutes of pre-training on one core", ylabel="held-out loss in nats")
+    right.set(xlabel="minutes of pre-training on one core", ylabel="accuracy on dev rows in %")
+    left.legend()
+    right.legend()
+    save(figure, out)
+
+
 def main() -> None:
     pictures, models = RESULTS / "figures", RESULTS / "models"
     pictures.mkdir(exist_ok=True)
     draw_flow(pictures / "flow.png")
+    draw_minutes(RESULTS / "default-trials.json", pictures / "minutes.png")
     plot_losses([models / "bert-6", models / "bert-1"], pictures / "losses.png")
-    plot_attention(models / "bert-6", SENTENCE, pictures / "attention.png")
+    plot_attention(models / "bert-1", SENTENCE, pictures / "attention.png")
     plot_accuracies(RESULTS / "committee-topics-quick.json", pictures / "accuracies.png")
     plot_sizes(RESULTS / "committee-topics-quick.json", pictures / "sizes.png")
 

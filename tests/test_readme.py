@@ -1,0 +1,171 @@
+"""README.md says what is true: its commands run, its numbers stand in results/, and the models
+that it shows give the output that it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from material import articles, write_raw_folder, write_task_file
+from test_scripts import ROOT, call
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "results"
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.M | re.S)
+COMMANDS = [line.split("  #")[0].strip() for kind, text in BLOCKS if kind == "sh"
+            for line in text.splitlines()]
+ELSEWHERE = ("pip install", "torchrun")  # .ci/run runs the first, test_ranks.py the second
+PRESET = ["--preset", "smoke"]
+SMALLER = {"2000": "20", "steps=600": "steps=6"}
+
+
+def part(title: str) -> str:
+    """A part of README.md, from its heading to the next one."""
+    return README.split(f"\n## {title}", 1)[1].split("\n## ", 1)[0]
+
+
+def test_it_can_be_read_in_a_quarter_of_an_hour() -> None:
+    assert len(README.split()) <= 2_500
+    assert len((RESULTS / "README.md").read_text(encoding="utf-8").split()) <= 5_000
+
+
+def test_links_and_pictures_are_there() -> None:
+    for name in ("README.md", "results/README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), target
+
+
+# ---- commands ----
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder like a clone of the repository, with a few raw files in place of downloads."""
+    folder = tmp_path_factory.mktemp("home")
+    write_raw_folder(folder / "data/raw")
+    pages = "".join(f"<page><title>{a['title']}</title><ns>0</ns><revision><text>{a['text']}</text>"
+                    "</revision></page>" for a in articles(1_200))
+    (folder / "data/raw/simplewiki-20240801-pages-articles.xml").write_text(
+        f"<mediawiki>{pages}</mediawiki>", encoding="utf-8")
+    texts = "\n\n".join(a["text"] for a in articles(150))
+    (folder / "greek.txt").write_text(texts, encoding="utf-8")
+    write_task_file(folder / "train.csv")
+    write_task_file(folder / "test.csv", 10, 1)
+    if (RESULTS / "models").exists():
+        shutil.copytree(RESULTS / "models", folder / "results/models")
+    return folder
+
+
+def newest(folder: Path) -> str:
+    return str(max(folder.iterdir(), key=lambda run: run.stat().st_mtime))
+
+
+def words_of(command: str, home: Path) -> tuple[str, list[str]]:
+    """A command of the README as a script and its words, at smoke size."""
+    words = shlex.split(command)
+    assert words.pop(0) == "python", command
+    script = "extras." + words.pop(0) if words[0] == "-m" else words.pop(0).removesuffix(".py")
+    if script.startswith("extras."):
+        script = words.pop(0)
+    for kind in ("pretrain", "finetune", "committee"):
+        run = f"runs/{kind}/RUN"
+        words = [newest(home / "runs" / kind) if word == run else word for word in words]
+    words = [SMALLER.get(word, word) for word in words]
+    trains = script in ("pretrain", "finetune", "committee") and not {
+        "--show", "--fill-mask", "--predict"} & set(words)
+    if trains or words[:1] == ["prepare"]:
+        words += PRESET
+    return script, words
+
+
+def test_every_command_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of the README, each with the smoke preset and made-up raw files."""
+    monkeypatch.chdir(home)
+    assert call("data", ["prepare", "vital", *PRESET])[0] == 0  # the first command makes it
+    for command in COMMANDS:
+        for one in command.split(" && "):
+            if one.startswith(ELSEWHERE) or "pytest" in one:
+                continue
+            if "extras" in one:
+                pytest.importorskip("matplotlib")
+                pytest.importorskip("transformers")
+            script, words = words_of(one, home)
+            status, shown = call(script, words)
+            assert status == 0, f"{one}\n{shown}"
+
+
+def test_ci_runs_the_two_commands() -> None:
+    first, second = (text.strip() for kind, text in BLOCKS[:2])
+    ci = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert first.split(" && ")[0] in ci and second in ci
+
+
+# ---- numbers ----
+
+
+def numbers_in(value: object) -> Iterator[float]:
+    """All numbers of a JSON value."""
+    if isinstance(value, dict):
+        for one in value.values():
+            yield from numbers_in(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from numbers_in(one)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+
+
+def rounded(path: Path) -> set[str]:
+    """The numbers of a JSON file as a table may show them: rounded, or in percent."""
+    shown = set()
+    for x in numbers_in(json.loads(path.read_text(encoding="utf-8"))):
+        for value in (x, 100 * x, x / 60, x / 1e6):
+            shown |= {f"{abs(value):.{digits}f}" for digits in (1, 2, 3, 4)}
+    return shown
+
+
+def decimals(text: str) -> set[str]:
+    found = re.findall(r"(?<![\w.])[\d,]*\d\.\d+(?![\w.])", text)
+    return {number.replace(",", "") for number in found}
+
+
+def test_the_output_of_the_first_command_is_the_recorded_one() -> None:
+    known = rounded(RESULTS / "committee-topics-quick.json")
+    (output,) = re.findall(r"^```\n(.*?)^```$", part("What the first command prints"),
+                           flags=re.M | re.S)
+    assert len(decimals(output)) > 30
+    assert decimals(output) <= known
+
+
+@pytest.mark.parametrize("title", ["The four claims", "How fast", "Exercises"])
+def test_every_number_stands_in_results(title: str) -> None:
+    known = set().union(*(rounded(path) for path in RESULTS.glob("*.json")))
+    assert decimals(part(title)) <= known
+
+
+# ---- the models of results/models ----
+
+
+@pytest.mark.parametrize("flag", ["--show", "--fill-mask"])
+def test_the_models_say_what_the_readme_shows(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words are equal, probabilities nearly so: another processor rounds in another way."""
+    monkeypatch.chdir(ROOT)
+    (command,) = [command for command in COMMANDS if flag in command]
+    script, *words = shlex.split(command)[1:]
+    status, shown = call(script.removesuffix(".py"), words)
+    assert status == 0, shown
+    for line in shown.strip().splitlines():
+        words = [word for word in line.split() if not re.fullmatch(r"\d+\.\d+", word)]
+        values = [float(word) for word in line.split() if word not in words]
+        candidates = [[float(word) for word in shown_line.split() if word not in words]
+                      for shown_line in README.splitlines()
+                      if [word for word in shown_line.split()
+                          if not re.fullmatch(r"\d+\.\d+", word)] == words]
+        assert any(values == pytest.approx(one, abs=0.002) for one in candidates), line
