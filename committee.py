@@ -1,6 +1,5 @@
-"""committee.py - the whole experiment in one command. It trains what is missing, lets the
-committee vote, measures the latency and prints a table. It also prints what the models predict
-for [MASK] in three sentences of held-out articles.
+"""committee.py - the whole experiment in one command: it trains what is missing, votes, measures
+latency, prints a table, and shows how the models fill [MASK] in three held-out sentences.
 
 Last of the six files, and the one to run first.
 
@@ -436,7 +435,7 @@ def main() -> None:
     add("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="M",
         help="the members' models, in turn (default bert-1)")
     add("--deep", choices=(*MODELS, "none"), default="bert-6", metavar="M",
-        help="the deep model to compare with, or none (default %(default)s)")
+        help="the deep model, or none (default %(default)s)")
     add("--seeds", type=whole_number(1), default=1, metavar="N", help="repeat everything N times")
     add("--jobs", type=whole_number(1), default=0, metavar="N",
         help="models trained at once (default: the threads, at most 4; on a GPU 1)")
