@@ -461,8 +461,11 @@ def test_selections_keep_tokenizer_tasks_and_held_out_articles(
     assert select("within", scrambled="within").id == within.id
     with pytest.raises(InputError, match="made with other settings"):
         select("within", scrambled="across")
-    with pytest.raises(InputError, match="give one of"):
-        select("none")
+    for settings, message in (({}, "give one of"), ({"scrambled": "within", "task": "x"}, "--task "
+                              "does not go with --scramble"), ({"clean": True, "task": "x",
+                              "count": 9}, "--count belongs to --overlap")):
+        with pytest.raises(InputError, match=message):
+            select("none", **settings)
 
 
 @pytest.mark.parametrize("across", [False, True])
