@@ -47,17 +47,23 @@ def draw_flow(out: Path) -> None:
 
 
 def draw_minutes(trials: Path, out: Path) -> None:
-    """Loss and dev accuracy after pre-trainings of other lengths, each with its own schedule."""
+    """Loss and dev accuracy after pre-trainings of other lengths, each with its own schedule.
+
+    The minutes are steps times the seconds of a step in the default run. There, two models train
+    at a time and nothing else runs.
+    """
     runs = json.loads(trials.read_text(encoding="utf-8"))["runs"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for model, colour, marker in (("bert-6", "#0072B2", "o"), ("bert-1", "#D55E00", "s")):
+        default = json.loads((RESULTS / f"models/{model}/results.json").read_text(encoding="utf-8"))
+        minutes_a_step = default["seconds"] / default["steps"] / 60
         points = []
         for run in runs:
             is_quick = run["changed"] == QUICK | {"steps": run["changed"]["steps"]}
             if run["model"] == model and run["positions"] == "learned" and is_quick:
                 loss = list(run["held_out_loss"].values())[-1]
                 accuracy = sum(run["dev_accuracy"]) / len(run["dev_accuracy"])
-                points.append((run["seconds_of_training"] / 60, loss, accuracy))
+                points.append((run["changed"]["steps"] * minutes_a_step, loss, accuracy))
         minutes, losses, accuracies = zip(*sorted(points))
         left.plot(minutes, losses, color=colour, marker=marker, label=model)
         right.plot(minutes, accuracies, color=colour, marker=marker, label=model)
