@@ -111,7 +111,7 @@ def write_task_file(path: Path, rows_per_class: int = 20, seed: int = 0) -> Path
 
 
 def write_raw_folder(folder: Path, rows_per_class: int = 20) -> Path:
-    """A raw folder in the official layout: all three tasks, and the default articles's wheel."""
+    """A raw folder in the official layout: all three tasks, and the default articles' wheel."""
     rng = random.Random(5)
     (folder / "fewrel").mkdir(parents=True)
     relations = {}
@@ -157,7 +157,7 @@ def write_raw_folder(folder: Path, rows_per_class: int = 20) -> Path:
 
 
 def write_vital(folder: Path, count: int = 240) -> Path:
-    """The default articles's wheel, with made-up extracts of three topics and some without one."""
+    """The default articles' wheel, with made-up extracts of three topics and some without one."""
     folder.mkdir(parents=True, exist_ok=True)
     topics = ["Arts", "Geography", "Mathematics", "Uncategorized"]
     extracts = {}

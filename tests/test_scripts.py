@@ -248,7 +248,7 @@ def test_a_committee_predicts_the_mean_of_its_members(material: Path, committee:
 
 
 def test_one_process_or_two_give_the_same_table(material: Path, tmp_path: Path) -> None:
-    """Also: the default articles is made from the raw folder."""
+    """Also: the default data folder is made from the raw folder."""
     run("data", "prepare", material / "data/default", "--preset", "smoke", "--task", "topics",
         "--raw-dir", material / "raw")
     tables = []
