@@ -1,0 +1,92 @@
+"""The study's runs (results/reproduce.sh) as one small file, results/study.json.
+
+    python results/collect.py                    reads data/*, runs/*/pretrain and runs/*/finetune
+
+Unfinished runs are left out, so it can be called while the study is under way.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data import DataFolder, open_folder, run_script, write_atomically  # noqa: E402
+from finetune import make_tables, yardsticks  # noqa: E402
+from pretrain import choose_runtime, read_json  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+
+
+def pretraining_record(results: dict, folders: dict[str, DataFolder]) -> dict:
+    """What a pre-training run was, and what it reached."""
+    settings = results["settings"]
+    folder = folders[settings["data"]]
+    return {"text": folder.path.name, "articles": settings["max_articles"] or len(folder.articles),
+            "model": settings["model"], "width": settings["config"]["width"],
+            "steps": results["steps"], "seed": settings["seed"],
+            "held_out_loss": round(results["held_out_loss"], 4),
+            "unigram_loss": round(results["unigram_loss"], 4),
+            "seconds": results["seconds"], "git": results["git"]}
+
+
+def finetuning_record(results: dict, runs: str) -> dict:
+    """A fine-tuning run. checkpoint: the name of its pre-training run, or null (from scratch)."""
+    settings, recipe = results["settings"], results["settings"]["recipe"]
+    checkpoint = settings["checkpoint"]
+    return {"checkpoint": f"{runs}/{checkpoint[0]}" if checkpoint else None,
+            "model": settings["model"], "width": settings["config"]["width"],
+            "seed": settings["seed"], "task": settings["task"],
+            "rows_a_class": recipe["per_class"], "pooling": recipe["pooling"],
+            "steps": results["steps"], "train_loss": round(results["train_loss"], 4),
+            "accuracy": round(100 * results["accuracy"], 3)}
+
+
+def yardstick_record(settings: dict, folder: DataFolder) -> dict:
+    """The accuracies that need no transformer, on the rows of a fine-tuning run."""
+    runtime = choose_runtime("cpu", "fp32", HERE, fresh=False)
+    rows = settings["recipe"]["per_class"]
+    tables = make_tables(folder, settings["task"], settings["split"], rows, runtime)
+    known = {name: round(100 * accuracy, 3) for name, accuracy in yardsticks(tables).items()}
+    return {"test_rows": len(tables.test_rows), "classes": len(tables.task.classes), **known}
+
+
+def lines_of(records: dict[str, dict]) -> str:
+    """JSON with one record a line, so that two versions of the file can be compared."""
+    lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in records.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+def main() -> None:
+    paths = [path.parent for path in sorted(Path("data").glob("*/dataset.json"))]
+    folders = {folder.id: folder for folder in map(open_folder, paths)}
+    study: dict[str, dict[str, dict]] = {"texts": {}, "pretrain": {}, "finetune": {},
+                                         "yardsticks": {}}
+    for folder in folders.values():
+        study["texts"][folder.path.name] = folder.meta.get("selected", {}) | {
+            "command": folder.meta["command"], "articles": len(folder.articles)}
+    for path in sorted(Path("runs").glob("*/*/*/results.json")):
+        results = read_json(path, "settings")
+        runs, kind, name = path.parts[-4:-1]
+        if kind == "pretrain":
+            study[kind][f"{runs}/{name}"] = pretraining_record(results, folders)
+        elif kind == "finetune":
+            record = finetuning_record(results, runs)
+            study[kind][f"{runs}/{name}"] = record
+            rows = f"{record['task']}, {record['rows_a_class']} rows, {record['pooling']}"
+            if rows not in study["yardsticks"]:
+                settings = results["settings"]
+                study["yardsticks"][rows] = yardstick_record(settings, folders[settings["data"]])
+    machine = {"machine": results["machine"], "versions": results["versions"]}
+    parts = [f"{json.dumps(name)}: {lines_of(records)}" for name, records in study.items()]
+    text = "{\n" + ",\n".join([f'"measured": {json.dumps(machine)}', *parts]) + "\n}\n"
+    with write_atomically(HERE / "study.json") as file:
+        file.write(text.encode("utf-8"))
+    print(f"{HERE / 'study.json'}: {len(study['pretrain'])} pre-trainings, "
+          f"{len(study['finetune'])} fine-tunings")
+
+
+if __name__ == "__main__":
+    run_script(main)

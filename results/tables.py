@@ -1,0 +1,166 @@
+"""The tables of the study in results/README.md, from study.json and committee-study.json alone.
+
+    python results/tables.py             writes each table after its mark, <!-- table NAME -->
+
+Accuracies in %; 95 % t-intervals over seeds, or no interval if there is a single seed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(RESULTS.parent))
+
+from finetune import interval  # noqa: E402
+
+TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
+MODELS = {"bert-6": "BERT-6", "bert-1": "BERT-1"}
+STEPS = 4_800  # of the study's pre-trainings, unless a table says otherwise
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def shown(values: Sequence[float]) -> str:
+    """The mean of one value a seed, with its interval."""
+    if len(values) < 2:
+        return "".join(f"{value:.1f}" for value in values)
+    return str(interval([np.array([value / 100]) for value in values]))
+
+
+def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def joined(study: dict) -> list[dict]:
+    """The fine-tunings, each with its pre-training: "text", "articles", "pretrain_steps", "loss".
+
+    A model from scratch has no text: None.
+    """
+    runs = []
+    for run in study["finetune"].values():
+        before = study["pretrain"].get(run["checkpoint"], {})
+        runs.append(run | {"text": before.get("text"), "articles": before.get("articles"),
+                           "pretrain_steps": before.get("steps")})
+    return runs
+
+
+def by_seed(runs: Sequence[dict], value: str, **wanted: object) -> dict[int, float]:
+    """Seed -> a value of the runs with the wanted fields."""
+    found = {run["seed"]: run[value] for run in runs
+             if all(run[field] == wish for field, wish in wanted.items())}
+    return dict(sorted(found.items()))
+
+
+def differences(first: dict[int, float], second: dict[int, float]) -> list[float]:
+    """first - second, for each seed that both have."""
+    return [first[seed] - second[seed] for seed in first if seed in second]
+
+
+def table_c1(study: dict) -> str:
+    """Pre-trained against from scratch: tasks, numbers of labelled rows, both models."""
+    runs = joined(study)
+    rows = []
+    for name, known in study["yardsticks"].items():
+        task, rows_a_class, pooling = name.split(", ")
+        marks = ", entities marked" if pooling == "entities" else ""
+        for model, title in MODELS.items():
+            same = {"task": task, "rows_a_class": int(rows_a_class.split()[0]),
+                    "pooling": pooling, "model": model}
+            after = by_seed(runs, "accuracy", **same, text="study", articles=90_000,
+                            pretrain_steps=STEPS)
+            scratch = by_seed(runs, "accuracy", **same, text=None)
+            gaps = differences(after, scratch)
+            if gaps:
+                rows.append([f"{TASKS[task]}{marks}", str(same["rows_a_class"]), title,
+                             str(len(gaps)), shown([known["logistic regression"]]),
+                             shown(list(after.values())), shown(list(scratch.values())),
+                             shown(gaps)])
+    rows.sort(key=lambda row: (list(TASKS.values()).index(row[0].split(",")[0]), int(row[1])))
+    return table_of(["task", "rows a class", "model", "seeds", "logistic regression",
+                     "pre-trained", "from scratch", "gap"], rows)
+
+
+def table_c2(study: dict) -> str:
+    """More articles, at equal steps and at equal passes."""
+    runs, rows = joined(study), []
+    sizes = sorted({run["articles"] for run in study["pretrain"].values()
+                    if run["text"] == "study"})
+    for title, steps_of in (("equal steps", lambda _: STEPS),
+                            ("equal passes", lambda size: round(STEPS * size / 90_000))):
+        for size in sizes:
+            steps = steps_of(size)
+            before = {"text": "study", "articles": size, "model": "bert-1"}
+            losses = by_seed(list(study["pretrain"].values()), "held_out_loss", **before,
+                             steps=steps)
+            cells = []
+            for task in TASKS:
+                found = by_seed(runs, "accuracy", **before, task=task, rows_a_class=20,
+                                pooling="mean", pretrain_steps=steps)
+                cells.append(shown(list(found.values())))
+            if losses:
+                rows.append([title, f"{size:,}", f"{steps:,}", f"{32 * steps / size:.1f}",
+                             f"{np.mean(list(losses.values())):.2f}", str(len(losses)), *cells])
+    return table_of(["", "articles", "steps", "passes", "held-out loss", "seeds", *TASKS.values()],
+                    rows)
+
+
+def table_c3(study: dict) -> str:
+    """Articles of low, random and high overlap with a task, on all tasks."""
+    runs, rows = joined(study), []
+    for text in ("fewrel-low", "random", "fewrel-high", "agnews-low", "agnews-high"):
+        losses = by_seed(list(study["pretrain"].values()), "held_out_loss", text=text,
+                         model="bert-1")
+        cells = []
+        for task in TASKS:
+            found = by_seed(runs, "accuracy", text=text, task=task, rows_a_class=20,
+                            pooling="mean", model="bert-1")
+            cells.append(shown(list(found.values())))
+        if losses:
+            about = study["texts"][text]
+            coverage = about["coverage"]["occurrences_common"]
+            rows.append([text, f"{about['mean_score']:+.2f}", f"{100 * coverage:.1f}",
+                         f"{np.mean(list(losses.values())):.2f}", str(len(losses)), *cells])
+    return table_of(["articles", "score", "covered, %", "held-out loss", "seeds",
+                     *TASKS.values()], rows)
+
+
+def table_c4(committee: dict) -> str:
+    """The vote of 1 to 6 members beside the deep model."""
+    rows = []
+    labels = next(iter(committee["tasks"].values()))["table"]
+    for label in labels:
+        cells = []
+        for of_task in committee["tasks"].values():
+            found = of_task["table"][label]["pre-trained"]
+            cells.append(f"{found['mean']:.1f} ({found['low']:.1f} to {found['high']:.1f})")
+        rows.append([label, *cells])
+    return table_of(["", *(TASKS[task] for task in committee["tasks"])], rows)
+
+
+def main() -> None:
+    study = load("study.json")
+    tables = {"C1": table_c1(study), "C2": table_c2(study), "C3": table_c3(study)}
+    if (RESULTS / "committee-study.json").exists():
+        tables["C4"] = table_c4(load("committee-study.json"))
+    path = RESULTS / "README.md"
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        old = re.compile(rf"(<!-- table {name} -->\n)(\|.*\n)*")
+        text, count = old.subn(lambda mark, table=table: mark[1] + table + "\n", text)
+        if not count:
+            print(f"\n{name}\n{table}")
+    path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
