@@ -1,4 +1,4 @@
-"""The pictures of README.md, from the files in this folder alone.
+"""The pictures of README.md and of results/README.md, from the files in this folder alone.
 
     python results/figures.py            needs matplotlib (extras/requirements.txt)
 """
@@ -13,10 +13,12 @@ RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
 import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 from extras.plots import plot_accuracies, plot_attention, plot_losses  # noqa: E402
 from extras.plots import plot_sizes, save  # noqa: E402
+from tables import MODELS, ROWS, STEPS, TASKS, by_seed, half_width, joined, load  # noqa: E402
 
 # What the quick preset shares with the trials that it was chosen from
 QUICK = {"batch_size": 32, "lr": 0.003, "matrix_lr": 0.02, "mask_rate": 0.25}
@@ -75,6 +77,85 @@ def draw_minutes(trials: Path, out: Path) -> None:
     save(figure, out)
 
 
+def draw_c1(study: dict, out: Path) -> None:
+    """From scratch -> pre-trained, for each task and model."""
+    runs, labels = joined(study), []
+    figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    for task, name in TASKS.items():
+        for model, title in MODELS.items():
+            y = len(labels)
+            labels.append(f"{name}, {title}")
+            for text, colour in ((None, "#D55E00"), ("study", "#0072B2")):
+                size = 90_000 if text else None
+                values = list(by_seed(runs, "accuracy", task=task, model=model, text=text,
+                                      articles=size, **ROWS).values())
+                axes.errorbar(np.mean(values), y, xerr=half_width(values), color=colour,
+                              marker="o", capsize=3,
+                              label="" if y else "pre-trained" if text else "from scratch")
+            known = study["yardsticks"][f"{task}, 20 rows, mean"]["logistic regression"]
+            axes.plot(known, y, "k|", markersize=14, label="" if y else "logistic regression")
+    axes.set(xlabel="accuracy in % (bars: 95 % over seeds, if there are several)",
+             yticks=range(len(labels)), yticklabels=labels, xlim=(0, 100))
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="lower left")
+    save(figure, out)
+
+
+def draw_c2(study: dict, out: Path) -> None:
+    """BERT-1: held-out loss and accuracies against the number of articles."""
+    runs = joined(study)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    sizes = sorted({run["articles"] for run in study["pretrain"].values()
+                    if run["text"] == "study"})
+    for title, style, marker in (("equal steps", "-", "o"), ("equal passes", ":", "s")):
+        steps = [STEPS if title == "equal steps" else round(STEPS * size / sizes[-1])
+                 for size in sizes]
+        losses = [list(by_seed(list(study["pretrain"].values()), "held_out_loss", text="study",
+                               articles=size, steps=n, model="bert-1").values())
+                  for size, n in zip(sizes, steps)]
+        left.errorbar(sizes, list(map(np.mean, losses)), list(map(half_width, losses)),
+                      color="0.2", linestyle=style, marker=marker, capsize=3, label=title)
+        for task, colour in zip(TASKS, ("#0072B2", "#D55E00", "#009E73")):
+            found = [list(by_seed(runs, "accuracy", text="study", articles=size, task=task,
+                                  model="bert-1", pretrain_steps=n, **ROWS).values())
+                     for size, n in zip(sizes, steps)]
+            right.errorbar(sizes, list(map(np.mean, found)), list(map(half_width, found)),
+                           color=colour, linestyle=style, marker=marker, capsize=3,
+                           label=f"{TASKS[task]}, {title}")
+    left.set(ylabel="held-out loss in nats")
+    right.set(ylabel="accuracy in %", ylim=(0, 100))
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set(xlabel="articles for pre-training")
+        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        axes.grid(alpha=0.3)
+    left.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    save(figure, out)
+
+
+def draw_c3(study: dict, out: Path) -> None:
+    """BERT-1: articles of low and high overlap with a task, tested on this task and the other."""
+    runs = joined(study)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axes, task in zip(panels, ("fewrel", "agnews")):
+        for k, (text, colour) in enumerate((("fewrel-low", "#A6CEE3"), ("fewrel-high", "#0072B2"),
+                                            ("random", "0.6"), ("agnews-low", "#F2C79A"),
+                                            ("agnews-high", "#D55E00"))):
+            found = by_seed(runs, "accuracy", text=text, task=task, model="bert-1", **ROWS)
+            values = list(found.values())
+            axes.errorbar(k, np.mean(values), half_width(values), color=colour, marker="o",
+                          markersize=9, capsize=4, elinewidth=2)
+            axes.plot([k + 0.15] * len(values), values, ".", color="0.2")
+        axes.set(title=f"tested on {TASKS[task]}", ylabel="accuracy in %", xlim=(-0.5, 4.5),
+                 xticks=range(5), xticklabels=["FewRel\nlow", "FewRel\nhigh", "random",
+                                               "AG News\nlow", "AG News\nhigh"],
+                 xlabel="articles by their overlap with")
+        axes.grid(axis="y", alpha=0.3)
+    save(figure, out)
+
+
 def main() -> None:
     pictures, models = RESULTS / "figures", RESULTS / "models"
     pictures.mkdir(exist_ok=True)
@@ -84,6 +165,11 @@ def main() -> None:
     plot_attention(models / "bert-1", SENTENCE, pictures / "attention.png")
     plot_accuracies(RESULTS / "committee-topics-quick.json", pictures / "accuracies.png")
     plot_sizes(RESULTS / "committee-topics-quick.json", pictures / "sizes.png")
+    study = load("study.json")
+    draw_c1(study, pictures / "c1.png")
+    draw_c2(study, pictures / "c2.png")
+    draw_c3(study, pictures / "c3.png")
+    plot_sizes(RESULTS / "committee-study.json", pictures / "c4.png")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,44 @@
 # The study of results/README.md. Each line is a command of its own: it runs alone, goes on after an
-# interruption, and does nothing if its runs are finished. Lines that train need the lines that make
-# their data folder. On two cores, this runs two lines at a time, after the folders are made:
+# interruption, and does nothing if its runs are finished. The data folders come first. Then, on two
+# cores, two lines at a time:
 #
-#     grep '^python data.py' results/reproduce.sh | sh
-#     grep '^python [pfc]' results/reproduce.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
-#     python results/collect.py
+#     grep '^python data' results/reproduce.sh | sh
+#     grep '^[pf].* --checkpoint' results/reproduce.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
+#     grep '^python committee' results/reproduce.sh | sh
+#     python results/collect.py && python results/tables.py && python results/figures.py
 #
-# data/raw needs FewRel, AG News and DBpedia (data.py fetches them) and wikipedia/articles-*.jsonl.gz,
-# article openings as lines of {"title", "text", "wiki"}. (With articles of your own the numbers will
-# differ.) The numbers of rows fit FewRel's 58 relations with at least 694 sentences.
+# data/raw holds FewRel, AG News and DBpedia (data.py fetches them) and article openings, as
+# lines of {"title", "text", "wiki"}. (Other articles give other numbers.) The numbers of rows fit the
+# 58 relations of FewRel that have at least 694 sentences in our file; the official one has 64 with 700.
 
-# ---- data folders ----
+# ---- data folders: two minutes ----
 python data.py prepare study --articles 'data/raw/wikipedia/articles-*.jsonl.gz' --count 90000 --task fewrel agnews dbpedia --min-class-size 694 --train-per-class 624
 python data.py prepare study-marked --tokenizer data/study/tokenizer.model --task fewrel --entity-markers --min-class-size 694 --train-per-class 624
+python data.py select study random --overlap random --task fewrel --count 10000
 python data.py select study fewrel-low --overlap low --task fewrel --count 10000
 python data.py select study fewrel-high --overlap high --task fewrel --count 10000
 python data.py select study agnews-low --overlap low --task agnews --count 10000
 python data.py select study agnews-high --overlap high --task agnews --count 10000
-python data.py select study random --overlap random --task fewrel --count 10000
 
-# ---- C1 and C4: a BERT-6 and six BERT-1s, the same number of tokens for each ----
-python committee.py --runs-dir runs/study --data study --members 6 --jobs 1 --set steps=4800 --finetune-set per_class=20
+# ---- C1 ----
+python pretrain.py --runs-dir runs/study --data study --model bert-6 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=20
+for s in 100 101 102; do python pretrain.py --runs-dir runs/study --data study --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20; done
+python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=20 pooling=entities
+python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=20 pooling=entities
+
+# ---- C2 ----
+for s in 100 101 102; do python pretrain.py --runs-dir runs/5000 --data study --max-articles 5000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/20000 --data study --max-articles 20000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/5000-short --data study --max-articles 5000 --seed $s --set steps=267 && python finetune.py --runs-dir runs/5000-short --checkpoint runs/5000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/20000-short --data study --max-articles 20000 --seed $s --set steps=1067 && python finetune.py --runs-dir runs/20000-short --checkpoint runs/20000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+
+# ---- C3 ----
+for s in 100 101 102; do python pretrain.py --runs-dir runs/random --data random --seed $s --set steps=2400 && python finetune.py --runs-dir runs/random --checkpoint runs/random/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-low --data fewrel-low --seed $s --set steps=2400 && python finetune.py --runs-dir runs/fewrel-low --checkpoint runs/fewrel-low/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-high --data fewrel-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/fewrel-high --checkpoint runs/fewrel-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-low --data agnews-low --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-low --checkpoint runs/agnews-low/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-high --data agnews-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-high --checkpoint runs/agnews-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+
+# ---- C4: the runs of C1, their votes and their latency ----
+python committee.py --runs-dir runs/study --data study --members 3 --set steps=4800 --finetune-set per_class=20
+cp runs/study/committee/*/results.json results/committee-study.json

@@ -22,6 +22,7 @@ from finetune import interval  # noqa: E402
 
 TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
 MODELS = {"bert-6": "BERT-6", "bert-1": "BERT-1"}
+ROWS = {"rows_a_class": 20, "pooling": "mean"}  # of the fine-tunings in tables C2 and C3
 STEPS = 4_800  # of the study's pre-trainings, unless a table says otherwise
 
 
@@ -34,6 +35,14 @@ def shown(values: Sequence[float]) -> str:
     if len(values) < 2:
         return "".join(f"{value:.1f}" for value in values)
     return str(interval([np.array([value / 100]) for value in values]))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the interval that shown() shows; 0 for a single seed."""
+    if len(values) < 2:
+        return 0.0
+    found = interval([np.array([value / 100]) for value in values])
+    return found.high - found.mean
 
 
 def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -90,48 +99,59 @@ def table_c1(study: dict) -> str:
                      "pre-trained", "from scratch", "gap"], rows)
 
 
+def task_cells(found: dict[str, dict[int, float]]) -> list[str]:
+    """For each task of the tables: the mean over seeds, with its interval."""
+    return [shown(list(found[task].values())) for task in TASKS]
+
+
+def change_row(title: str, columns: int, more: dict[str, dict[int, float]],
+               less: dict[str, dict[int, float]]) -> list[str]:
+    """A row with the differences of two rows, seed by seed, after empty columns."""
+    changes = [shown(differences(more[task], less[task])) for task in TASKS]
+    return [f"**{title}**", *[""] * (columns - 1), *changes]
+
+
 def table_c2(study: dict) -> str:
     """More articles, at equal steps and at equal passes."""
     runs, rows = joined(study), []
     sizes = sorted({run["articles"] for run in study["pretrain"].values()
                     if run["text"] == "study"})
     for title, steps_of in (("equal steps", lambda _: STEPS),
-                            ("equal passes", lambda size: round(STEPS * size / 90_000))):
+                            ("equal passes", lambda size: round(STEPS * size / sizes[-1]))):
+        found: dict[int, dict[str, dict[int, float]]] = {}
         for size in sizes:
             steps = steps_of(size)
             before = {"text": "study", "articles": size, "model": "bert-1"}
             losses = by_seed(list(study["pretrain"].values()), "held_out_loss", **before,
                              steps=steps)
-            cells = []
-            for task in TASKS:
-                found = by_seed(runs, "accuracy", **before, task=task, rows_a_class=20,
-                                pooling="mean", pretrain_steps=steps)
-                cells.append(shown(list(found.values())))
-            if losses:
-                rows.append([title, f"{size:,}", f"{steps:,}", f"{32 * steps / size:.1f}",
-                             f"{np.mean(list(losses.values())):.2f}", str(len(losses)), *cells])
+            found[size] = {task: by_seed(runs, "accuracy", **before, task=task, **ROWS,
+                                         pretrain_steps=steps) for task in TASKS}
+            rows.append([title, f"{size:,}", f"{steps:,}", f"{32 * steps / size:.1f}",
+                         f"{np.mean(list(losses.values())):.2f}", str(len(losses)),
+                         *task_cells(found[size])])
+        rows.append(change_row(f"{title}: {sizes[-1]:,} minus {sizes[0]:,}", 6, found[sizes[-1]],
+                               found[sizes[0]]))
     return table_of(["", "articles", "steps", "passes", "held-out loss", "seeds", *TASKS.values()],
                     rows)
 
 
 def table_c3(study: dict) -> str:
-    """Articles of low, random and high overlap with a task, on all tasks."""
+    """10,000 articles of low, random and high overlap with a task, tested on all tasks."""
     runs, rows = joined(study), []
-    for text in ("fewrel-low", "random", "fewrel-high", "agnews-low", "agnews-high"):
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for text in ("random", "fewrel-low", "fewrel-high", "agnews-low", "agnews-high"):
         losses = by_seed(list(study["pretrain"].values()), "held_out_loss", text=text,
                          model="bert-1")
-        cells = []
-        for task in TASKS:
-            found = by_seed(runs, "accuracy", text=text, task=task, rows_a_class=20,
-                            pooling="mean", model="bert-1")
-            cells.append(shown(list(found.values())))
-        if losses:
-            about = study["texts"][text]
-            coverage = about["coverage"]["occurrences_common"]
-            rows.append([text, f"{about['mean_score']:+.2f}", f"{100 * coverage:.1f}",
-                         f"{np.mean(list(losses.values())):.2f}", str(len(losses)), *cells])
-    return table_of(["articles", "score", "covered, %", "held-out loss", "seeds",
-                     *TASKS.values()], rows)
+        found[text] = {task: by_seed(runs, "accuracy", text=text, task=task, model="bert-1",
+                                     **ROWS) for task in TASKS}
+        coverage = study["texts"][text]["coverage"]["occurrences_common"]
+        rows.append([text, f"{100 * coverage:.1f}", f"{np.mean(list(losses.values())):.2f}",
+                     str(len(losses)), *task_cells(found[text])])
+        if text.endswith("high"):
+            task = text.removesuffix("-high")
+            rows.append(change_row(f"{task}: high minus low", 4, found[text],
+                                   found[f"{task}-low"]))
+    return table_of(["articles", "covered, %", "held-out loss", "seeds", *TASKS.values()], rows)
 
 
 def table_c4(committee: dict) -> str:
@@ -147,19 +167,22 @@ def table_c4(committee: dict) -> str:
     return table_of(["", *(TASKS[task] for task in committee["tasks"])], rows)
 
 
-def main() -> None:
+def insert_tables(text: str) -> str:
+    """The text with each table put after its mark. Raises ValueError if a mark is missing."""
     study = load("study.json")
-    tables = {"C1": table_c1(study), "C2": table_c2(study), "C3": table_c3(study)}
-    if (RESULTS / "committee-study.json").exists():
-        tables["C4"] = table_c4(load("committee-study.json"))
-    path = RESULTS / "README.md"
-    text = path.read_text(encoding="utf-8")
+    tables = {"C1": table_c1(study), "C2": table_c2(study), "C3": table_c3(study),
+              "C4": table_c4(load("committee-study.json"))}
     for name, table in tables.items():
-        old = re.compile(rf"(<!-- table {name} -->\n)(\|.*\n)*")
+        old = re.compile(rf"(<!-- table {name} -->\n\n)(\|.*\n)*")
         text, count = old.subn(lambda mark, table=table: mark[1] + table + "\n", text)
-        if not count:
-            print(f"\n{name}\n{table}")
-    path.write_text(text, encoding="utf-8")
+        if count != 1:
+            raise ValueError(f"<!-- table {name} --> stands {count} times in the text, not once")
+    return text
+
+
+def main() -> None:
+    path = RESULTS / "README.md"
+    path.write_text(insert_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
