@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import DataFolder, open_folder, run_script, write_atomically  # noqa: E402
-from finetune import make_tables, yardsticks  # noqa: E402
+from finetune import interval, is_correct, make_tables, yardsticks  # noqa: E402
 from pretrain import choose_runtime, read_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +53,26 @@ def yardstick_record(settings: dict, folder: DataFolder) -> dict:
     return {"test_rows": len(tables.test_rows), "classes": len(tables.task.classes), **known}
 
 
+def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
+    """Rows -> the vote of 1, 2, ... BERT-1s of runs/study, and the BERT-6's accuracy, with their
+    bootstrap intervals over the test rows.
+    """
+    records: dict[str, dict] = {}
+    members: dict[str, list[Path]] = {}
+    ours = [(name, run) for name, run in finetuned.items()
+            if (run["checkpoint"] or "").startswith("study/")]
+    for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
+        rows = f"{run['task']}, {run['rows_a_class']} rows, {run['pooling']}"
+        runs, folder = name.split("/")
+        if run["model"] == "bert-1":
+            members.setdefault(rows, []).append(Path("runs") / runs / "finetune" / folder)
+            voters, label = members[rows], str(len(members[rows]))
+        else:
+            voters, label = [Path("runs") / runs / "finetune" / folder], run["model"]
+        records.setdefault(rows, {})[label] = str(interval([is_correct(voters)]))
+    return records
+
+
 def lines_of(records: dict[str, dict]) -> str:
     """JSON with one record a line, so that two versions of the file can be compared."""
     lines = [f"{json.dumps(name)}: {json.dumps(one)}" for name, one in records.items()]
@@ -79,6 +99,7 @@ def main() -> None:
             if rows not in study["yardsticks"]:
                 settings = results["settings"]
                 study["yardsticks"][rows] = yardstick_record(settings, folders[settings["data"]])
+    study["votes"] = vote_record(study["finetune"])
     machine = {"machine": results["machine"], "versions": results["versions"]}
     parts = [f"{json.dumps(name)}: {lines_of(records)}" for name, records in study.items()]
     text = "{\n" + ",\n".join([f'"measured": {json.dumps(machine)}', *parts]) + "\n}\n"

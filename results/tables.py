@@ -1,4 +1,4 @@
-"""The tables of the study in results/README.md, from study.json and committee-study.json alone.
+"""The tables of the study in results/README.md, from study.json alone.
 
     python results/tables.py             writes each table after its mark, <!-- table NAME -->
 
@@ -154,24 +154,26 @@ def table_c3(study: dict) -> str:
     return table_of(["articles", "covered, %", "held-out loss", "seeds", *TASKS.values()], rows)
 
 
-def table_c4(committee: dict) -> str:
-    """The vote of 1 to 6 members beside the deep model."""
-    rows = []
-    labels = next(iter(committee["tasks"].values()))["table"]
-    for label in labels:
-        cells = []
-        for of_task in committee["tasks"].values():
-            found = of_task["table"][label]["pre-trained"]
-            cells.append(f"{found['mean']:.1f} ({found['low']:.1f} to {found['high']:.1f})")
-        rows.append([label, *cells])
-    return table_of(["", *(TASKS[task] for task in committee["tasks"])], rows)
+def table_c4(study: dict) -> str:
+    """The vote of several BERT-1s beside a BERT-6, on each set of rows that has both."""
+    votes = {rows: found for task in TASKS for rows, found in study["votes"].items()
+             if rows.startswith(task) and "bert-6" in found}
+    head = []
+    for rows in votes:
+        task, _, pooling = rows.split(", ")
+        head.append(TASKS[task] + (", entities marked" if pooling == "entities" else ""))
+    rows = [["BERT-6", *(found["bert-6"] for found in votes.values())]]
+    for size in (1, 2, 3):
+        title = f"committee of {size} BERT-1s" if size > 1 else "the first BERT-1"
+        rows.append([title, *(found[str(size)] for found in votes.values())])
+    return table_of(["", *head], rows)
 
 
 def insert_tables(text: str) -> str:
     """The text with each table put after its mark. Raises ValueError if a mark is missing."""
     study = load("study.json")
     tables = {"C1": table_c1(study), "C2": table_c2(study), "C3": table_c3(study),
-              "C4": table_c4(load("committee-study.json"))}
+              "C4": table_c4(study)}
     for name, table in tables.items():
         old = re.compile(rf"(<!-- table {name} -->\n\n)(\|.*\n)*")
         text, count = old.subn(lambda mark, table=table: mark[1] + table + "\n", text)

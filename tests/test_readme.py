@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ import pytest
 
 from material import articles, write_raw_folder, write_task_file
 from test_scripts import ROOT, call
+
+sys.path.insert(0, str(ROOT / "results"))
+from tables import insert_tables  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "results"
@@ -148,6 +152,11 @@ def test_the_output_of_the_first_command_is_the_recorded_one() -> None:
 def test_every_number_stands_in_results(title: str) -> None:
     known = set().union(*(rounded(path) for path in RESULTS.glob("*.json")))
     assert decimals(part(title)) <= known
+
+
+def test_the_tables_of_the_study_come_from_its_runs() -> None:
+    text = (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert insert_tables(text) == text
 
 
 # ---- the models of results/models ----
