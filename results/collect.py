@@ -85,8 +85,8 @@ def main() -> None:
     study: dict[str, dict[str, dict]] = {"texts": {}, "pretrain": {}, "finetune": {},
                                          "yardsticks": {}}
     for folder in folders.values():
-        study["texts"][folder.path.name] = folder.meta.get("selected", {}) | {
-            "command": folder.meta["command"], "articles": len(folder.articles)}
+        about = folder.meta.get("selected", {})
+        study["texts"][folder.path.name] = about | {"articles": len(folder.articles)}
     for path in sorted(Path("runs").glob("*/*/*/results.json")):
         results = read_json(path, "settings")
         runs, kind, name = path.parts[-4:-1]
