@@ -81,18 +81,21 @@ def draw_c1(study: dict, out: Path) -> None:
     """From scratch -> pre-trained, for each task and model."""
     runs, labels = joined(study), []
     figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
-    for task, name in TASKS.items():
+    cases = [("fewrel", "mean"), ("fewrel", "entities"), ("agnews", "mean"), ("dbpedia", "mean")]
+    for task, pooling in cases:
+        name = TASKS[task] + (", marked" if pooling == "entities" else "")
         for model, title in MODELS.items():
             y = len(labels)
             labels.append(f"{name}, {title}")
+            same = {"task": task, "model": model, "rows_a_class": 20, "pooling": pooling}
             for text, colour in ((None, "#D55E00"), ("study", "#0072B2")):
                 size = 90_000 if text else None
-                values = list(by_seed(runs, "accuracy", task=task, model=model, text=text,
-                                      articles=size, **ROWS).values())
+                found = by_seed(runs, "accuracy", text=text, articles=size, **same)
+                values = list(found.values())
                 axes.errorbar(np.mean(values), y, xerr=half_width(values), color=colour,
                               marker="o", capsize=3,
                               label="" if y else "pre-trained" if text else "from scratch")
-            known = study["yardsticks"][f"{task}, 20 rows, mean"]["logistic regression"]
+            known = study["yardsticks"][f"{task}, 20 rows, {pooling}"]["logistic regression"]
             axes.plot(known, y, "k|", markersize=14, label="" if y else "logistic regression")
     axes.set(xlabel="accuracy in % (bars: 95 % over seeds, if there are several)",
              yticks=range(len(labels)), yticklabels=labels, xlim=(0, 100))
@@ -127,7 +130,7 @@ def draw_c2(study: dict, out: Path) -> None:
     right.set(ylabel="accuracy in %", ylim=(0, 100))
     for axes in (left, right):
         axes.set_xscale("log")
-        axes.set(xlabel="articles for pre-training")
+        axes.set(xlabel="articles for pre-training (logarithmic)")
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
         axes.grid(alpha=0.3)
     left.legend()
@@ -145,9 +148,14 @@ def draw_c3(study: dict, out: Path) -> None:
                                             ("agnews-high", "#D55E00"))):
             found = by_seed(runs, "accuracy", text=text, task=task, model="bert-1", **ROWS)
             values = list(found.values())
+            if text.endswith("high"):
+                low = by_seed(runs, "accuracy", text=text.replace("high", "low"), task=task,
+                              model="bert-1", **ROWS)
+                for seed in found:
+                    axes.plot([k - 1, k], [low[seed], found[seed]], color="0.7", linewidth=1)
             axes.errorbar(k, np.mean(values), half_width(values), color=colour, marker="o",
                           markersize=9, capsize=4, elinewidth=2)
-            axes.plot([k + 0.15] * len(values), values, ".", color="0.2")
+            axes.plot([k] * len(values), values, ".", color="0.2", zorder=3)
         axes.set(title=f"tested on {TASKS[task]}", ylabel="accuracy in %", xlim=(-0.5, 4.5),
                  xticks=range(5), xticklabels=["FewRel\nlow", "FewRel\nhigh", "random",
                                                "AG News\nlow", "AG News\nhigh"],
