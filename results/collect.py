@@ -11,6 +11,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import DataFolder, open_folder, run_script, write_atomically  # noqa: E402
@@ -54,22 +56,31 @@ def yardstick_record(settings: dict, folder: DataFolder) -> dict:
 
 
 def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
-    """Rows -> the vote of 1, 2, ... BERT-1s of runs/study, and the BERT-6's accuracy, with their
-    bootstrap intervals over the test rows.
+    """Rows -> the accuracy of the BERT-6 ("bert-6"), of the vote of the first 1, 2, ... BERT-1s of
+    runs/study ("1", "2", ...), and their differences ("1 minus bert-6", ...).
+
+    Intervals are over the test rows, but over seeds for several BERT-6s; a difference is that to
+    their mean.
     """
-    records: dict[str, dict] = {}
-    members: dict[str, list[Path]] = {}
+    members: dict[str, dict[str, list[Path]]] = {}
     ours = [(name, run) for name, run in finetuned.items()
             if (run["checkpoint"] or "").startswith("study/")]
     for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
         rows = f"{run['task']}, {run['rows_a_class']} rows, {run['pooling']}"
         runs, folder = name.split("/")
-        if run["model"] == "bert-1":
-            members.setdefault(rows, []).append(Path("runs") / runs / "finetune" / folder)
-            voters, label = members[rows], str(len(members[rows]))
-        else:
-            voters, label = [Path("runs") / runs / "finetune" / folder], run["model"]
-        records.setdefault(rows, {})[label] = str(interval([is_correct(voters)]))
+        of_rows = members.setdefault(rows, {"bert-6": [], "bert-1": []})
+        of_rows[run["model"]].append(Path("runs") / runs / "finetune" / folder)
+    records: dict[str, dict] = {}
+    for rows, of_rows in members.items():
+        record = records[rows] = {}
+        deep = [is_correct([run]) for run in of_rows["bert-6"]]
+        if deep:
+            record["bert-6"] = str(interval(deep))
+        for size in range(1, len(of_rows["bert-1"]) + 1):
+            voted = is_correct(of_rows["bert-1"][:size])
+            record[str(size)] = str(interval([voted]))
+            if deep:
+                record[f"{size} minus bert-6"] = str(interval([voted - np.mean(deep, axis=0)]))
     return records
 
 

@@ -21,16 +21,23 @@ python data.py select study agnews-low --overlap low --task agnews --count 10000
 python data.py select study agnews-high --overlap high --task agnews --count 10000
 
 # ---- C1 ----
-python pretrain.py --runs-dir runs/study --data study --model bert-6 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=20
-for s in 100 101 102; do python pretrain.py --runs-dir runs/study --data study --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20; done
-python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=20 pooling=entities
-python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=20 pooling=entities
+for s in 0 1 2; do python pretrain.py --runs-dir runs/study --data study --model bert-6 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-6-seed$s-* --set per_class=20; done
+for s in 100 101 102 103 104 105; do python pretrain.py --runs-dir runs/study --data study --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20; done
+python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed[012]-* --set per_class=20 pooling=entities
+python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[0-5]-* --set per_class=20 pooling=entities
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=5
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=100
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=5
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=100
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed100-* --set per_class=624 epochs=3
 
 # ---- C2 ----
 for s in 100 101 102; do python pretrain.py --runs-dir runs/5000 --data study --max-articles 5000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/20000 --data study --max-articles 20000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/40000 --data study --max-articles 40000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/40000 --checkpoint runs/40000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/5000-short --data study --max-articles 5000 --seed $s --set steps=267 && python finetune.py --runs-dir runs/5000-short --checkpoint runs/5000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/20000-short --data study --max-articles 20000 --seed $s --set steps=1067 && python finetune.py --runs-dir runs/20000-short --checkpoint runs/20000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/40000-short --data study --max-articles 40000 --seed $s --set steps=2133 && python finetune.py --runs-dir runs/40000-short --checkpoint runs/40000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 
 # ---- C3 ----
 for s in 100 101 102; do python pretrain.py --runs-dir runs/random --data random --seed $s --set steps=2400 && python finetune.py --runs-dir runs/random --checkpoint runs/random/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
@@ -38,7 +45,13 @@ for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-low --data fe
 for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-high --data fewrel-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/fewrel-high --checkpoint runs/fewrel-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-low --data agnews-low --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-low --checkpoint runs/agnews-low/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-high --data agnews-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-high --checkpoint runs/agnews-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+python finetune.py --runs-dir runs/random --task fewrel --checkpoint runs/random/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
+python finetune.py --runs-dir runs/fewrel-low --task fewrel --checkpoint runs/fewrel-low/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
+python finetune.py --runs-dir runs/fewrel-high --task fewrel --checkpoint runs/fewrel-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
+python finetune.py --runs-dir runs/random --task agnews --checkpoint runs/random/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
+python finetune.py --runs-dir runs/agnews-low --task agnews --checkpoint runs/agnews-low/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
+python finetune.py --runs-dir runs/agnews-high --task agnews --checkpoint runs/agnews-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
 
 # ---- C4: the runs of C1, their votes and their latency ----
-python committee.py --runs-dir runs/study --data study --members 3 --set steps=4800 --finetune-set per_class=20
+python committee.py --runs-dir runs/study --data study --members 6 --set steps=4800 --finetune-set per_class=20
 cp runs/study/committee/*/results.json results/committee-study.json

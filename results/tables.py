@@ -64,10 +64,16 @@ def joined(study: dict) -> list[dict]:
 
 
 def by_seed(runs: Sequence[dict], value: str, **wanted: object) -> dict[int, float]:
-    """Seed -> a value of the runs with the wanted fields."""
-    found = {run["seed"]: run[value] for run in runs
-             if all(run[field] == wish for field, wish in wanted.items())}
-    return dict(sorted(found.items()))
+    """Seed of the pre-training -> a value of the runs with the wanted fields.
+
+    The mean, if it was fine-tuned with several seeds: finetune.py takes that of the pre-training,
+    the same plus 1,000, and so on.
+    """
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        if all(run[field] == wish for field, wish in wanted.items()):
+            found.setdefault(run["seed"] % 1_000, []).append(run[value])
+    return {seed: sum(found[seed]) / len(found[seed]) for seed in sorted(found)}
 
 
 def differences(first: dict[int, float], second: dict[int, float]) -> list[float]:
@@ -157,15 +163,20 @@ def table_c3(study: dict) -> str:
 def table_c4(study: dict) -> str:
     """The vote of several BERT-1s beside a BERT-6, on each set of rows that has both."""
     votes = {rows: found for task in TASKS for rows, found in study["votes"].items()
-             if rows.startswith(task) and "bert-6" in found}
+             if rows.startswith(f"{task}, {ROWS['rows_a_class']} ") and "bert-6" in found}
     head = []
     for rows in votes:
         task, _, pooling = rows.split(", ")
         head.append(TASKS[task] + (", entities marked" if pooling == "entities" else ""))
     rows = [["BERT-6", *(found["bert-6"] for found in votes.values())]]
-    for size in (1, 2, 3):
-        title = f"committee of {size} BERT-1s" if size > 1 else "the first BERT-1"
-        rows.append([title, *(found[str(size)] for found in votes.values())])
+    sizes = [size for size in map(str, range(1, 10))
+             if all(size in found for found in votes.values())]
+    titles = {size: f"committee of {size} BERT-1s" for size in sizes} | {"1": "the first BERT-1"}
+    for size in sizes:
+        rows.append([titles[size], *(found[size] for found in votes.values())])
+    for size in sizes[2::3]:  # 3 and 6
+        rows.append([f"**{titles[size]} minus BERT-6**",
+                     *(found[f"{size} minus bert-6"] for found in votes.values())])
     return table_of(["", *head], rows)
 
 
