@@ -7,8 +7,8 @@ Last of the six files, and the one to run first.
     python committee.py --data simple --task fewrel --members 6 --seeds 3
     python committee.py --predict "Some text." RUN             RUN: a folder in runs/committee
 
-The members of a committee are pre-trained and fine-tuned separately, with seeds of their own. They
-share the articles and the tokenizer. Their vote is soft: the mean of their probabilities.
+The members are trained separately, each with a seed of its own, on the same articles. Their vote is
+soft: the mean of their probabilities. They are compared with one deep model, by default a BERT-6.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from tqdm import tqdm
 from data import DataFolder, InputError, open_folder, run_script
 from finetune import PRESETS as FINETUNE_PRESETS
 from finetune import FinetuneRecipe, Interval, Predictor, Start, TaskTables, add_task_flags
-from finetune import check_entities, chosen_tasks, finetune, interval, is_correct, load_classifier
-from finetune import make_tables, predict, print_header, recipe_for, start_of, yardsticks
+from finetune import check_entities, chosen_tasks, finetune, gap, interval, is_correct
+from finetune import load_classifier, make_tables, predict, print_header, recipe_for, start_of
+from finetune import yardsticks
 from model import MODELS, Committee, count_parameters
 from pretrain import PRESETS as PRETRAIN_PRESETS
 from pretrain import PretrainRecipe, Runtime, add_run_flags, choose_runtime, chosen_recipe
-from pretrain import fields_help, load_masked_lm, most_probable, open_data, pretrain, read_json
+from pretrain import fields_help, fill_mask, load_masked_lm, open_data, pretrain, read_json
 from pretrain import result_record, settings_hash, stop_signals, whole_number, write_json
 from tokenizer import UNK, Parser
 
@@ -66,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Model:
-    """A model to train. repeat: which of the --seeds it belongs to."""
+    """A model to train. repeat: from 0; --seeds N trains everything N times."""
 
     name: str
     seed: int
@@ -87,7 +88,7 @@ class Trained:
 
 
 def planned_models(job: Job) -> list[Model]:
-    """The deep models, then the members. No seed occurs twice."""
+    """The deep models, then the members. No seed occurs twice (up to 100 --seeds)."""
     models = []
     if job.deep != "none":
         models += [Model(job.deep, repeat, repeat, is_member=False) for repeat in range(job.seeds)]
@@ -159,13 +160,11 @@ def train_in_parallel(models: Sequence[Model], job: Job, jobs: int) -> None:
                                       leave=False, dynamic_ncols=True) as bar:
         while waiting or running:
             for line in range(jobs):
-                if line not in running and waiting and not is_ending:
+                if line not in running and waiting:
                     os.environ["TQDM_POSITION"] = str(line)  # read by tqdm in the new process
                     arguments = (waiting.pop(0), job, threads)
-                    process: BaseProcess
-                    process = context.Process(target=train_in_process, args=arguments)
-                    process.start()
-                    running[line] = process
+                    running[line] = context.Process(target=train_in_process, args=arguments)
+                    running[line].start()
             sentinels = [process.sentinel for process in running.values()]
             multiprocessing.connection.wait(sentinels, timeout=0.5)
             for line, process in list(running.items()):
@@ -214,12 +213,6 @@ def table_rows(trained: Sequence[Trained], job: Job) -> dict[str, dict[str, list
     return rows
 
 
-def gap(pairs: dict[str, list[np.ndarray]]) -> Interval:
-    """What pre-training gives, pair by pair."""
-    both = zip(pairs["pre-trained"], pairs["from scratch"])
-    return interval([a - b for a, b in both], "seeds or members")
-
-
 def report_task(tables: TaskTables, trained: Sequence[Trained], job: Job) -> dict:
     """Print a task's table and what it means; returns its part of results.json."""
     print_header(tables)
@@ -232,10 +225,9 @@ def report_task(tables: TaskTables, trained: Sequence[Trained], job: Job) -> dic
     record: dict[str, dict] = {}
     gaps: dict[str, Interval] = {}
     for label, pairs in rows.items():
-        intervals = {kind: interval(pairs[kind]) for kind in KINDS}
-        intervals["gap"] = gaps[label] = gap(pairs)
-        print(f"{label:30}{intervals['pre-trained']!s:>22}{intervals['from scratch']!s:>22}"
-              f"{intervals['gap']!s:>22}")
+        intervals = {kind: interval(pairs[kind], "seeds or members") for kind in KINDS}
+        intervals["gap"] = gaps[label] = gap(pairs, "seeds or members")
+        print(f"{label:30}" + "".join(f"{found!s:>22}" for found in intervals.values()))
         record[label] = {kind: asdict(found) for kind, found in intervals.items()}
         record[label]["accuracies"] = {kind: [float(x.mean()) for x in pairs[kind]]
                                        for kind in KINDS}
@@ -260,6 +252,7 @@ def report_task(tables: TaskTables, trained: Sequence[Trained], job: Job) -> dic
 
 @torch.no_grad()
 def seconds_for(model: nn.Module, tables: TaskTables, rows: np.ndarray, runtime: Runtime) -> float:
+    """Seconds of a forward pass over some rows, which are on the device already."""
     input_ids = tables.test.batch(rows)
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
@@ -280,23 +273,18 @@ def measure_latency(models: dict[str, nn.Module], tables: TaskTables,
     order = np.argsort(tables.test.lengths, kind="stable")
     singles = [order[[i]] for i in np.linspace(0, len(order) - 1, 60).astype(int)]
     starts = range(0, max(1, len(order) - 63), max(64, len(order) // 10))
-    batches = [order[start : start + 64] for start in starts]
+    batches = [order[start : start + 64] for start in starts]  # at most ten, short texts to long
+    rounds = [*singles, *batches]
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for rows in 2 * rounds:
+        for name, model in models.items():
+            seconds[name].append(seconds_for(model, tables, rows, runtime))
     record = {}
-    for rows in [*singles, *batches]:
-        for model in models.values():
-            seconds_for(model, tables, rows, runtime)
-    one: dict[str, list[float]] = {name: [] for name in models}
-    many: dict[str, list[float]] = {name: [] for name in models}
-    for rows in singles:
-        for name, model in models.items():
-            one[name].append(1e3 * seconds_for(model, tables, rows, runtime))
-    for rows in batches:
-        for name, model in models.items():
-            many[name].append(seconds_for(model, tables, rows, runtime))
     for name, model in models.items():
-        low, median, high = np.percentile(one[name], [10, 50, 90])
+        one, many = np.split(np.array(seconds[name][len(rounds) :]), [len(singles)])
+        low, median, high = 1e3 * np.percentile(one, [10, 50, 90])
         record[name] = {"median": median, "p10": low, "p90": high,
-                        "texts_per_s": sum(map(len, batches)) / sum(many[name]),
+                        "texts_per_s": sum(map(len, batches)) / many.sum(),
                         "parameters": count_parameters(model)}
     return record
 
@@ -354,7 +342,7 @@ def report_language(trained: Sequence[Trained], data: DataFolder) -> list[dict]:
     """Print what the first model of each name puts in place of [MASK]."""
     record: list[dict] = []
     sentences = held_out_sentences(data)
-    if not sentences:  # a script without blanks between words
+    if not sentences:  # a writing system without blanks between words
         return record
     models: dict[str, tuple] = {}
     for one in trained:
@@ -365,7 +353,7 @@ def report_language(trained: Sequence[Trained], data: DataFolder) -> list[dict]:
         print(f"{text} ... ({word})")
         guesses: dict[str, list] = {}
         for name, (model, tokenizer) in models.items():
-            guesses[name] = most_probable(model, tokenizer, text, top=4)[0]
+            guesses[name] = fill_mask(model, tokenizer, text, top=4)[0]
             best = ", ".join(f"{piece.removeprefix('▁')} {p:.2f}" for piece, p in guesses[name])
             print(f"    {name:26}{best}")
         record.append({"text": text, "word": word, "guesses": guesses})
@@ -378,7 +366,7 @@ def report_language(trained: Sequence[Trained], data: DataFolder) -> list[dict]:
 def run_job(job: Job, data: DataFolder, jobs: int) -> None:
     """Train, vote, time, and write results.json. jobs: models trained at once (0: as fits)."""
     started = time.perf_counter()
-    print(job.runtime.reason, flush=True)
+    print(job.runtime.in_words, flush=True)
     print(data.in_words(), flush=True)
     for task in job.tasks:
         check_entities(job.finetune_recipe.pooling, data.task(task))  # before any training
@@ -402,14 +390,12 @@ def run_job(job: Job, data: DataFolder, jobs: int) -> None:
     first = [one for one in trained if one.task == job.tasks[0]]
     latency = report_latency(first, tables[job.tasks[0]], job)
     language = report_language(first, data)
-    settings = {"data": data.id, "dtype": str(job.runtime.dtype)}
-    for name, value in asdict(job).items():
-        if name not in ("data", "runtime"):
-            settings[name] = value
+    settings = asdict(job) | {"data": data.id, "dtype": str(job.runtime.dtype)}
+    del settings["runtime"]
     folder = job.runtime.runs_dir / "committee" / (
         f"{'-'.join(job.tasks)}-{settings_hash(settings)}")
     record = result_record(settings, seconds=round(time.perf_counter() - started, 1), tasks=tasks,
-                           latency_ms=latency, language=language, hardware=job.runtime.reason)
+                           latency_ms=latency, language=language, hardware=job.runtime.in_words)
     write_json(folder / "results.json", record)
     print(f"\n{folder / 'results.json'} written; {record['seconds'] / 60:.1f} minutes in all (what "
           "was there already was not trained again)")
@@ -429,18 +415,22 @@ def load_committee(folder: Path, task: str, runtime: Runtime) -> Predictor:
 def main() -> None:
     fields = [fields_help(PRETRAIN_PRESETS), fields_help(FINETUNE_PRESETS, "--finetune-set")]
     parser = Parser(__doc__, epilog="\n\n".join(fields))
-    add_task_flags(parser)
+    add_task_flags(parser, "vital, made if missing")
     add = parser.add_argument
-    add("--members", type=whole_number(1), metavar="K", help="of the committee (quick 4, paper 6)")
+    add("--members", type=whole_number(1), metavar="K",
+        help="number of members (default: quick 4, paper 6, smoke 2)")
     add("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="M",
         help="the members' models, in turn (default bert-1)")
     add("--deep", choices=(*MODELS, "none"), default="bert-6", metavar="M",
         help="the deep model, or none (default %(default)s)")
-    add("--seeds", type=whole_number(1), default=1, metavar="N", help="repeat everything N times")
+    add("--seeds", type=whole_number(1), default=1, metavar="N",
+        help="repeat everything N times, each with other seeds")
     add("--jobs", type=whole_number(1), default=0, metavar="N",
         help="models trained at once (default: the threads, at most 4; on a GPU 1)")
-    add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="pre-training recipe")
-    add("--finetune-set", nargs="+", default=[], metavar="FIELD=VALUE", help="fine-tuning recipe")
+    add("--set", nargs="+", default=[], metavar="FIELD=VALUE",
+        help="other values for the pre-training recipe")
+    add("--finetune-set", nargs="+", default=[], metavar="FIELD=VALUE",
+        help="other values for the fine-tuning recipe")
     add_run_flags(parser)
     args = parser.parse_args()
     runtime = choose_runtime(args.device, args.dtype, args.runs_dir, args.fresh)

@@ -40,12 +40,13 @@ from tokenizer import ENTITIES, FIRST_PIECE, Parser
 @dataclass(frozen=True)
 class FinetuneRecipe(Recipe):
     min_steps: int = option(0, "train for at least this many steps")
-    per_class: int = option(0, "training rows of a class (0: what the preset uses)")
+    per_class: int = option(0, "training rows of a class (0: quick 100, topics 10; smoke "
+                            "5; paper the task's own number)")
     pooling: str = option("cls", "what the classifier reads: cls (first token), mean (of all "
                           "tokens), entities (the two marked ones)", choices=POOLINGS)
 
     def total_steps(self, steps_an_epoch: int) -> int:
-        return max(super().total_steps(steps_an_epoch), 0 if self.steps else self.min_steps)
+        return self.steps or max(super().total_steps(steps_an_epoch), self.min_steps)
 
 
 PRESETS = {
@@ -55,7 +56,8 @@ PRESETS = {
         warmup=0.1, pooling="mean"),
     "smoke": FinetuneRecipe(epochs=1, batch_size=8, lr=1e-3, clip=1.0),
 }
-PER_CLASS = {"paper": 0, "quick": 100, "smoke": 5}  # training rows of a class; 0: all
+# Training rows of a class; 0: the task's own number
+PER_CLASS = {"paper": 0, "quick": 100, "smoke": 5}
 QUICK_TOPICS = 10  # rows of a class: few, since pre-training is worth most there
 
 
@@ -115,8 +117,8 @@ class Start:
 def check_finished(folder: Path, what: str) -> None:
     """Raises InputError if a run has not ended. what: "training" or "pre-training"."""
     if not (folder / "results.json").exists():
-        raise InputError(f"{folder}: its {what} has not ended. Give the command that began it "
-                         "again: it goes on from the last checkpoint")
+        raise InputError(f"{folder}: its {what} has not ended. Repeat the command that started it: "
+                         "it goes on from the last checkpoint")
 
 
 def start_of(checkpoint: Path) -> Start:
@@ -202,7 +204,7 @@ def predict_logits(model: nn.Module, table: DeviceTable, runtime: Runtime) -> Te
         with runtime.autocast():
             parts.append(model(table.batch(order[start : start + 64])).float())
     logits = torch.cat(parts).cpu()
-    return torch.empty_like(logits).index_copy_(0, torch.from_numpy(order.copy()), logits)
+    return logits[np.argsort(order)]
 
 
 def load_logits(folder: Path) -> tuple[Tensor, Tensor]:
@@ -220,7 +222,8 @@ def is_correct(folders: Sequence[Path]) -> np.ndarray:
 
 # ---- intervals -----------------------------------------------------------------------------------
 
-# The 97.5 % quantile of Student's t, for 1 to 19 degrees of freedom; with more, the last one.
+# The 97.5 % quantile of Student's t, for 1 to 19 degrees of freedom. With more, the last one (then
+# intervals are a little too wide).
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
          2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
 
@@ -262,6 +265,12 @@ def interval(values: Sequence[np.ndarray], what: str = "seeds") -> Interval:
     samples = [100 * values[0][rng.integers(0, rows, rows)].mean() for _ in range(2_000)]
     low, high = np.percentile(samples, [2.5, 97.5])
     return Interval(means[0], low, high, "95 % bootstrap interval over test rows, one seed")
+
+
+def gap(correct: dict[str, list[np.ndarray]], what: str) -> Interval:
+    """The accuracy that pre-training adds, pair by pair."""
+    pairs = zip(correct["pre-trained"], correct["from scratch"])
+    return interval([a - b for a, b in pairs], what)
 
 
 # ---- yardsticks ----------------------------------------------------------------------------------
@@ -331,7 +340,8 @@ def yardsticks(tables: TaskTables) -> dict[str, float]:
     best = int(np.argmax(dev))
     if tables.split == "test":
         rows = task.rows("test", tables.per_class)
-        regression = logistic_regression(rows, tables.data, classes, DECAYS[: best + 1])[-1]
+        decays = DECAYS[: best + 1]  # as on the dev rows: each fit starts from the one before
+        regression = logistic_regression(rows, tables.data, classes, decays)[-1]
     else:
         regression = dev[best]
     return {"largest class": largest_share([label for _, label in tables.test_rows]),
@@ -451,11 +461,11 @@ def check_checkpoints(checkpoints: Sequence[Path], data: DataFolder) -> None:
 
 
 def over_starts(runs: Sequence[Sequence[Path]]) -> list[np.ndarray]:
-    """The values for interval(): (rows,) for each fine-tuning seed of a single start.
+    """The values for interval(), each (rows,): one for each fine-tuning seed of a single start.
 
-    With several starts: (rows,) for each start, the mean over its fine-tuning seeds.
+    With several starts, one for each start: the mean over its fine-tuning seeds.
     """
-    correct = [[is_correct([folder]) for folder in of_start] for of_start in runs]
+    correct = [[is_correct([folder]) for folder in folders] for folders in runs]
     return [np.mean(values, axis=0) for values in correct] if len(correct) > 1 else correct[0]
 
 
@@ -473,23 +483,21 @@ def finetune_task(tables: TaskTables, starts: Sequence[Start], recipe: FinetuneR
         runs: list[list[Path]] = []
         for start in starts:
             chosen = start if kind == "pre-trained" else start.twin
-            seeds_of_start = [1_000 * n + start.seed for n in range(seeds)]
-            runs.append([finetune(tables, chosen, recipe, seed, runtime)
-                         for seed in seeds_of_start])
+            # The seed of the pre-training, as in committee.py; then seeds that no start has
+            runs.append([finetune(tables, chosen, recipe, 1_000 * n + start.seed, runtime)
+                         for n in range(seeds)])
         correct[kind] = over_starts(runs)
         found = interval(correct[kind], over)
-        results = [read_json(folder / "results.json", "train_loss") for of_start in runs
-                   for folder in of_start]
-        last_loss = np.mean([one["train_loss"] for one in results])
+        losses = [read_json(folder / "results.json", "train_loss")["train_loss"]
+                  for folders in runs for folder in folders]
         label = f"{starts[0].model} {kind}"
         print(f"  {label:36}{found.mean:6.1f} %, {found.low:.1f} to {found.high:.1f} "
-              f"({found.over}); last training loss {last_loss:.3f}; {runs[-1][-1]}")
+              f"({found.over}); training loss at the end {np.mean(losses):.3f}; {runs[-1][-1]}")
     if confusion:
         print_confusion(runs[0][0], tables)  # of the pre-trained model, if there is one
     if len(correct) == 2:
-        pairs = zip(correct["pre-trained"], correct["from scratch"])
-        gap = interval([a - b for a, b in pairs], over)
-        print(gap.sentence(f"{tables.task.name}, {starts[0].model}: pre-training gives"))
+        what = f"{tables.task.name}, {starts[0].model}: pre-training gives"
+        print(gap(correct, over).sentence(what))
 
 
 def chosen_tasks(names: Sequence[str], data: DataFolder) -> list[str]:
@@ -500,13 +508,13 @@ def chosen_tasks(names: Sequence[str], data: DataFolder) -> list[str]:
     return [data.task(name).name for name in names or data.meta["tasks"]]
 
 
-def add_task_flags(parser: Parser) -> None:
-    """Flags that finetune.py and committee.py share."""
+def add_task_flags(parser: Parser, default_data: str) -> None:
+    """Flags that finetune.py and committee.py share. default_data: in words."""
     add = parser.add_argument
-    add("run", nargs="?", type=Path, help="with --predict: a finished run")
-    add("--data", default="", metavar="NAME", help="data folder (default: the checkpoint's, or "
-        "vital)")
-    add("--task", nargs="+", default=[], metavar="TASK", help="default: all of the folder")
+    add("run", nargs="?", type=Path, metavar="RUN", help="with --predict: a finished run")
+    add("--data", default="", metavar="NAME", help=f"data folder (default: {default_data})")
+    add("--task", nargs="+", default=[], metavar="TASK", help="tasks of the data folder (default: "
+        "all)")
     add("--split", choices=("dev", "test"), default="test", help="rows to score. test (default): "
         "train on train and dev rows. dev: for choices")
     add("--predict", metavar="TEXT", help="classify a text with RUN; -: each line of the standard "
@@ -515,11 +523,12 @@ def add_task_flags(parser: Parser) -> None:
 
 def main() -> None:
     parser = Parser(__doc__, epilog=fields_help(PRESETS))
-    add_task_flags(parser)
+    add_task_flags(parser, "the checkpoint's, or vital")
     add = parser.add_argument
     add("--checkpoint", nargs="+", type=Path, default=[], metavar="RUN", help="pre-training runs")
     add("--model", choices=tuple(MODELS), help="without --checkpoint (default bert-1)")
-    add("--seeds", type=whole_number(1), default=1, metavar="N", help="fine-tuning seeds")
+    add("--seeds", type=whole_number(1), default=1, metavar="N",
+        help="fine-tune each model N times, with other seeds")
     add("--no-scratch", action="store_true", help="leave out the twin from scratch")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for the recipe")
     add("--confusion", action="store_true", help="print the classes that are mixed up most")
@@ -538,7 +547,7 @@ def main() -> None:
     if args.no_scratch and not args.checkpoint:
         raise InputError("--no-scratch: without --checkpoint there is nothing else to train")
     recipe = chosen_recipe(PRESETS[args.preset], args.set)
-    print(runtime.reason, flush=True)
+    print(runtime.in_words, flush=True)
     if args.checkpoint and not args.data:
         data = data_of(args.checkpoint[0])
     else:

@@ -30,14 +30,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PAD, SEP, MASK = 0, 3, 4  # ids of special tokens; tokenizer.py defines them
-# Marks of entities are special tokens that pre-training has trained: [MASK] before and after the
-# head entity, [SEP] before and after the tail. No token of a text to classify is masked.
+# In FewRel a text has two marked entities, called head and tail (not the heads of attention). The
+# marks are tokens that pre-training has trained: [MASK] before and after the head, [SEP] before and
+# after the tail. Texts to classify are never masked, so nothing is mixed up.
 HEAD_MARK, TAIL_MARK = MASK, SEP
 NORMS = ("post", "pre")
 POOLINGS = ("cls", "mean", "entities")
 INIT_STD = 0.02  # standard deviation of the initial weights
 
-# Some versions of cuDNN's attention round the dropout rate to a multiple of 1/16. So it is off.
+# Some versions of cuDNN's attention round the dropout rate to a multiple of 1/16. So this attention
+# is switched off.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -67,10 +69,6 @@ class BertConfig:
             raise ValueError(f"norm {self.norm!r} is not one of {NORMS}, or pooling "
                              f"{self.pooling!r} not one of {POOLINGS}")
         object.__setattr__(self, "conv_kernels", tuple(self.conv_kernels))  # JSON makes a list
-
-    @property
-    def pooled_width(self) -> int:
-        return 2 * self.width if self.pooling == "entities" else self.width
 
 
 # The models of the paper.
@@ -108,7 +106,7 @@ def named_config(name: str, width: int = 768, heads: int = 12, **settings) -> Be
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Dropout as in training, but fast on a CPU: one 64-bit random number decides four elements.
+    """Dropout, fast on a CPU: one 64-bit random number decides four elements.
 
     PyTorch draws one number for each element there, which takes six times as long.
     """
@@ -116,6 +114,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
         return F.dropout(x, p)
     numbers = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     numbers = numbers.view(torch.int16)[: x.numel()].view(x.shape)
+    # Each int16 is uniform over -2**15 .. 2**15 - 1.
     keep = numbers.ge_(round(p * 2**16) - 2**15)  # in place: 1 with probability 1 - p, else 0
     return x * keep.to(x.dtype).mul_(1 / (1 - p))
 
@@ -177,7 +176,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then a feed-forward part; each with a residual connection and a LayerNorm."""
+    """Attention, then a feed-forward part (mlp). Each has a residual connection and a LayerNorm."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -209,7 +208,9 @@ class Layer(nn.Module):
 
 
 class ConvStem(nn.Module):
-    """The paper's convolutional stem: it treats the (T, C) matrix of a text as an image.
+    """The paper's convolutional stem, between the embeddings and the first layer.
+
+    It treats the (T, C) matrix of a text as an image.
 
     Conv2d, BatchNorm and GELU for each kernel, then the same with a 1x1 kernel to one channel.
     Padding is 0 before each convolution and does not count in the BatchNorm's statistics, so a
@@ -250,7 +251,8 @@ class ConvStem(nn.Module):
 class Bert(nn.Module):
     """Token ids -> hidden states.
 
-    BERT's token-type table is left out: with one segment it would add the same vector everywhere.
+    BERT's token-type table, which tells a first sentence from a second, is left out: here a text
+    has one part, so it would add the same vector everywhere.
     """
 
     def __init__(self, config: BertConfig) -> None:
@@ -303,7 +305,8 @@ def initialise(model: nn.Module) -> None:
 
 
 class MaskedLM(nn.Module):
-    """BERT with the masked-language-model head. Output and input embeddings are tied.
+    """BERT with the masked-language-model head. The output layer uses the
+    weights of the token embedding (they are "tied").
 
     The head works on the masked positions alone. All other logits would be thrown away.
     """
@@ -330,7 +333,8 @@ def pool(hidden: Tensor, input_ids: Tensor, pooling: str) -> Tensor:
     hidden: (..., T, C); input_ids: (B, T) -> (..., C), or (..., 2 C) for "entities".
     "cls": the first token. "mean": the mean over the real tokens. "entities": the mean over the
     first head entity, then the mean over the first tail entity, each with its opening mark. If a
-    text is cut off before its head, that mean is 0; before its tail, it is the last token, [SEP].
+    text was cut off before its head, it has no head mark, and the first mean is 0. If it was cut
+    off before its tail, its only [SEP] is the last token, and the second mean is that token.
     """
     if pooling == "cls":
         return hidden[..., 0, :]
@@ -354,7 +358,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.config = config
         self.bert = Bert(config)
-        self.pooler = nn.Linear(config.pooled_width, config.width)
+        vectors = 2 if config.pooling == "entities" else 1  # that pool() puts side by side
+        self.pooler = nn.Linear(vectors * config.width, config.width)
         self.output = nn.Linear(config.width, classes)
         initialise(self)
 
@@ -371,7 +376,8 @@ class Classifier(nn.Module):
 def vote(logits: Tensor) -> Tensor:
     """The soft vote: the mean of the members' probabilities. (K, B, classes) -> (B, classes)."""
     # Exercise: let each member vote for one class, and give the same committee.py command again. It
-    # trains nothing, and writes a new table. Is it worse? Who wins if two members disagree?
+    # trains nothing, prints a new table, and overwrites the old results.json. Is the vote worse?
+    # Who wins if two members disagree?
     return logits.float().softmax(dim=-1).mean(dim=0)
 
 
@@ -391,7 +397,7 @@ class Committee(nn.Module):
                 self.groups.append(stack(group))
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """input_ids: (B, T) -> the logits of all members (K, B, classes), like members together."""
+        """input_ids: (B, T) -> all members' logits (K, B, classes), those of one shape together."""
         logits = [group(input_ids) for group in self.groups]
         return torch.cat([x if x.dim() == 3 else x[None] for x in logits])
 
@@ -455,11 +461,11 @@ STACKED: dict[type, Callable[[Sequence[nn.Module]], nn.Module]] = {
     nn.Linear: StackedLinear, nn.LayerNorm: StackedLayerNorm, nn.Embedding: StackedEmbedding}
 
 
-# ---- a look at it --------------------------------------------------------------------------------
+# ---- what each stage returns ---------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> int:
-    """The number of trainable parameters; tied embeddings count once."""
+    """The number of parameters; tied embeddings count once."""
     return sum(p.numel() for p in model.parameters())
 
 

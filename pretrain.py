@@ -59,8 +59,8 @@ from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer
 
 EVALUATION_MASK_RATE = 0.15  # always, so that losses can be compared
 SAVE_SECONDS = 60.0  # between two checkpoints
-LOG_LINES = 100  # about so many in a run
-EVALUATIONS = 5  # about so many in a run
+LOG_LINES = 100  # with the training loss; about so many in a run
+EVALUATIONS = 5  # on held-out articles; about so many in a run
 
 
 # ---- recipes -------------------------------------------------------------------------------------
@@ -131,9 +131,10 @@ def chosen_recipe(preset: Any, assignments: Sequence[str], flag: str = "--set") 
         try:
             value = kind(text)
         except ValueError:
-            raise InputError(f"{flag} {assignment}: {text!r} is not a number") from None
+            what = "a whole number" if kind is int else "a number"
+            raise InputError(f"{flag} {assignment}: {text!r} is not {what}") from None
         if about["choices"] and value not in about["choices"]:
-            raise InputError(f"{flag} {assignment}: there are {' and '.join(about['choices'])}")
+            raise InputError(f"{flag} {assignment}: must be {' or '.join(about['choices'])}")
         if not about["choices"] and not about["low"] <= value <= about["high"]:
             raise InputError(f"{flag} {assignment}: must lie in {about['low']}..{about['high']:g}")
         chosen[name] = value
@@ -145,7 +146,7 @@ def chosen_recipe(preset: Any, assignments: Sequence[str], flag: str = "--set") 
 
 def fields_help(presets: dict[str, Any], flag: str = "--set") -> str:
     """A table for --help: the fields of a recipe and their values in each preset."""
-    lines = [f"fields for {flag} (values: {', '.join(presets)})"]
+    lines = [f"fields for {flag} (in brackets: their values in {', '.join(presets)})"]
     for f in dataclasses.fields(next(iter(presets.values()))):
         values = ", ".join(str(getattr(recipe, f.name)) for recipe in presets.values())
         lines.append(f"  {f.name:13} {f.metadata['help']} ({values})")
@@ -163,9 +164,9 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float,
     input_ids: (B, T) -> masked ids (B, T), positions (M,) in the B * T tokens, labels (M,).
 
     M depends on B, T and rate alone: it is rate * B * T, rounded up to a multiple of 64. So
-    shapes repeat, and nothing waits for a GPU to count. If fewer tokens are chosen, the
-    rest of positions is 0, with the label -100, which the loss ignores. If more are, the last ones
-    are left out.
+    shapes repeat, and the CPU need not wait until a GPU has counted. If fewer tokens are chosen,
+    the rest of positions is 0, with the label -100, which the loss ignores. If more are, the last
+    ones are left out.
     """
     # Exercise: mask all pieces of a word, or none. A word begins at a piece with "▁". This function
     # sees only ids, so make a table (V,) of 1 (begins a word, or is special) and 0 in pretrain(),
@@ -192,7 +193,7 @@ def mask_tokens(input_ids: Tensor, vocab_size: int, rate: float,
 
 def mlm_loss(model: nn.Module, input_ids: Tensor, vocab_size: int,
              mask_rate: float) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of the masked tokens, in nats.
+    """The cross-entropy of the masked tokens, in nats (natural logarithm).
 
     input_ids: (B, T) -> the summed loss of this process' rows, and the number of masked tokens in
     the whole batch; both scalars.
@@ -339,7 +340,7 @@ def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
     """Train the model from its run's last checkpoint, or from the start, to the last step.
 
     loss_of(text indices): the summed loss of a batch, and the number of terms in that sum.
-    evaluate(): figures for the log, EVALUATIONS times in a run.
+    evaluate(): figures for the log, about EVALUATIONS times in a run, and after the last step.
     Returns what results.json keeps of a training. Each step sets its own random seed. So a run
     that was interrupted and resumed gives exactly the same result (with the same device and
     number of processes).
@@ -426,12 +427,13 @@ def pretrain(data: DataFolder, model_name: str, recipe: PretrainRecipe, seed: in
     """Pre-train a model on a data folder; returns its run folder. A finished run is not trained
     again.
 
-    max_articles: train on the first so many articles, which are a random sample (0: all).
+    max_articles: train on the first max_articles articles alone (0: all). The order is random, so
+    they are a random sample.
     name: of the run folder; made from the settings if it is empty. Raises InputError.
     """
     if not 0 <= max_articles <= len(data.articles) or not len(data.articles):
         raise InputError(f"{data.path}: holds {len(data.articles)} articles, and --max-articles is "
-                         f"{max_articles}")
+                         f"{max_articles}. Choose fewer, or a data folder with more articles")
     articles = data.articles.subset(np.arange(max_articles)) if max_articles else data.articles
     vocab_size = data.tokenizer.vocab_size
     config = base_config(model_name, recipe, data)
@@ -441,7 +443,9 @@ def pretrain(data: DataFolder, model_name: str, recipe: PretrainRecipe, seed: in
         "data": data.id, "max_articles": max_articles}
     folder_name = name or f"{model_name}-seed{seed}-{settings_hash(settings)}"
     with Run(runtime.runs_dir / "pretrain" / folder_name, settings, data.tokenizer, runtime) as run:
-        run.remember_data(data)
+        if rank() == 0:  # for finetune.py
+            place = {"path": str(data.path.resolve()), "id": data.id}
+            write_json(run.folder / "data.json", place)
         if run.is_finished:
             return run.folder
         torch.manual_seed(seed)
@@ -481,7 +485,7 @@ def base_config(model_name: str, recipe: PretrainRecipe, data: DataFolder) -> Be
 
 @dataclass
 class TrainingState:
-    """What a checkpoint keeps beside weights, optimizers and the log."""
+    """What a checkpoint keeps besides weights, optimizers and the log."""
 
     step: int = 0
     tokens: int = 0
@@ -501,7 +505,8 @@ class Run:
 
     config.json: the settings, which decide the result. log.jsonl: about LOG_LINES lines with the
     training loss, and one for each evaluation. last.pt: the last checkpoint. tokenizer.model.
-    results.json: when it is finished.
+    results.json: when it is finished. data.json: where the data folder lies, if it is a
+    pre-training. logits.npz: if it is a fine-tuning, see finetune().
     A folder with other settings is refused, unless `runtime.fresh`. Of several ranks, only rank 0
     writes.
     """
@@ -542,17 +547,11 @@ class Run:
                              "(--set), or fewer --jobs. The last checkpoint is kept") from None
 
     def tidy(self) -> None:
-        """Remove what a killed process left half-written, and with `fresh` everything."""
+        """Remove what a killed process left half-written, and with `fresh` all results."""
         names = ["results.json", "last.pt", "log.jsonl", "logits.npz", "config.json"]
         fresh = [self.folder / name for name in names] if self.runtime.fresh else []
         for path in [*self.folder.glob("*.tmp"), *fresh]:
             path.unlink(missing_ok=True)
-
-    def remember_data(self, data: DataFolder) -> None:
-        """Write down where the data folder lies, for finetune.py."""
-        if rank() == 0:
-            place = {"path": str(data.path.resolve()), "id": data.id}
-            write_json(self.folder / "data.json", place)
 
     def log(self, **record: Any) -> None:
         """Append a line to the log."""
@@ -632,7 +631,7 @@ class Run:
     def finish(self, **figures: Any) -> None:
         """Write results.json, which marks the run as finished."""
         if rank() == 0:
-            record = result_record(self.settings, hardware=self.runtime.reason, **figures)
+            record = result_record(self.settings, hardware=self.runtime.in_words, **figures)
             write_json(self.folder / "results.json", record)
 
 
@@ -703,8 +702,8 @@ def damage_named(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         what = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise InputError(f"{path}: cannot be read ({what}). If this is a run folder, it is damaged "
-                         "or of another version: delete it, and it is made again") from None
+        raise InputError(f"{path}: cannot be read ({what}). Is it the right folder? If so, the run "
+                         "is damaged or of another version: delete it, and make it again") from None
 
 
 def read_json(path: Path, *required: str) -> dict:
@@ -719,12 +718,10 @@ def read_json(path: Path, *required: str) -> dict:
 def load_settings(folder: Path, kind: str) -> dict:
     """The settings of a run. kind: "pretrain" or "finetune". Raises InputError."""
     path = folder / "config.json"
-    settings = read_json(path, "kind", "config", "seed", "tokenizer")
-    if settings["kind"] != kind:
+    if read_json(path, "kind")["kind"] != kind:
         raise InputError(f"{folder}: not a {kind} run; name a folder in runs/{kind}")
-    with damage_named(path):
-        settings["model" if kind == "pretrain" else "classes"]  # noqa: B018
-    return settings
+    own = "model" if kind == "pretrain" else "classes"
+    return read_json(path, "config", "seed", "tokenizer", own)
 
 
 def config_of(folder: Path, kind: str = "pretrain") -> BertConfig:
@@ -785,12 +782,13 @@ class Runtime:
     """Where and how to compute.
 
     dtype: of matrix products. Weights stay in float32. On a CPU with bf16, the hidden states
-    between the layers are bf16 too. reason: device, threads and dtype in words.
+    between the layers are bf16 too. in_words: device, threads and dtype. runs_dir, fresh, compile:
+    the flags of these names.
     """
 
     device: torch.device
     dtype: torch.dtype
-    reason: str = ""
+    in_words: str = ""
     runs_dir: Path = Path("runs")
     fresh: bool = False
     compile: bool = False
@@ -801,7 +799,7 @@ class Runtime:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def for_inference(self, model: nn.Module) -> nn.Module:
-        """The model on the device, its linear weights rounded to dtype once, not at each call."""
+        """Move the model to the device, and round its linear weights once, not at each call."""
         for part in model.modules():
             if isinstance(part, (nn.Linear, StackedLinear)):
                 part.to(self.dtype)
@@ -838,9 +836,9 @@ def choose_runtime(device: str = "auto", dtype: str = "auto", runs_dir: Path = P
         raise InputError("--compile: needs a C++ compiler. Install one, or leave the flag out")
     keep_freed_memory()
     processes = f"{world_size()} ranks: " if world_size() > 1 else ""
-    reason = f"{processes}{name}; matrix products in {chosen}"
+    in_words = f"{processes}{name}; matrix products in {chosen}"
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return Runtime(torch.device(device), types[chosen], reason, runs_dir, fresh, compile)
+    return Runtime(torch.device(device), types[chosen], in_words, runs_dir, fresh, compile)
 
 
 def keep_freed_memory() -> None:
@@ -953,20 +951,16 @@ def encode_with_masks(text: str, tokenizer: Tokenizer, max_length: int) -> Tenso
     return torch.tensor([ids])
 
 
-def fill_mask(folder: Path, text: str, top: int = 5) -> list[list[tuple[str, float]]]:
-    """The most probable pieces, with their probabilities, for each [MASK] of a text."""
-    return most_probable(*load_masked_lm(folder), text, top)
-
-
 @torch.no_grad()
-def most_probable(model: MaskedLM, tokenizer: Tokenizer, text: str,
-                  top: int) -> list[list[tuple[str, float]]]:
-    """fill_mask with a model that is loaded already."""
+def fill_mask(model: MaskedLM, tokenizer: Tokenizer, text: str,
+              top: int = 5) -> list[list[tuple[str, float]]]:
+    """The most probable pieces, with their probabilities, for each [MASK] of a text."""
     if "[MASK]" not in text:
         raise InputError("--fill-mask: the text has no [MASK] in it")
     input_ids = encode_with_masks(text, tokenizer, model.config.max_length)
     positions = (input_ids[0] == MASK).nonzero().squeeze(1)
     guesses = []
+    # An imported model may have more embeddings than there are pieces.
     for row in model(input_ids, positions)[:, : tokenizer.vocab_size].softmax(-1):
         best = row.topk(top)
         pieces = [tokenizer.pieces.id_to_piece(int(i)) for i in best.indices]
@@ -981,7 +975,7 @@ def show(folder: Path, text: str) -> None:
     input_ids = encode_with_masks(text, tokenizer, model.config.max_length)
     V, T = tokenizer.vocab_size, input_ids.size(1)
     torch.manual_seed(0)
-    masked_ids, positions, labels = mask_tokens(input_ids, V, 0.25)
+    masked_ids, positions, labels = mask_tokens(input_ids, V, PRESETS["quick"].mask_rate)
     label_at = dict(zip(positions.tolist(), labels.tolist()))
     probabilities = model(masked_ids, torch.arange(T))[:, :V].softmax(-1)  # (T, V)
 
@@ -1016,8 +1010,9 @@ def add_run_flags(parser: Parser) -> None:
     add("--preset", choices=tuple(PRESETS), default="quick", help="paper: the authors' set-up; "
         "quick: minutes on two cores (default); smoke: seconds, for tests")
     add("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
-    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of matrix products")
-    add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="for the results")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"), help="of matrix "
+        "products; auto: bf16 if the hardware has it")
+    add("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="folder for the runs")
     add("--fresh", action="store_true", help="train again, even if the run is finished")
 
 
@@ -1026,17 +1021,19 @@ def main() -> None:
     add = parser.add_argument
     add("--data", default="", metavar="NAME", help="data folder (default: vital, made if missing)")
     add("--model", choices=tuple(MODELS), default="bert-1", help="default %(default)s")
-    add("--max-articles", type=whole_number(0), default=0, metavar="N", help="only the first N")
-    add("--seed", type=whole_number(0), default=0, help="of weights, order, masks and dropout")
+    add("--max-articles", type=whole_number(0), default=0, metavar="N",
+        help="train on the first N (0: all)")
+    add("--seed", type=whole_number(0), default=0, help="for weights, order, masks, dropout")
     add("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="other values for the recipe")
-    add("--name", default="", metavar="RUN", help="of the run folder (default: from the settings)")
+    add("--name", default="", metavar="RUN", help="name of the run folder")
     add("--compile", action="store_true", help="use torch.compile (meant for a GPU)")
     add("--fill-mask", nargs=2, metavar=("TEXT", "RUN"), help="what RUN predicts for each [MASK]")
     add("--show", nargs=2, metavar=("TEXT", "RUN"), help="how TEXT is masked, what RUN predicts")
     add_run_flags(parser)
     args = parser.parse_args()
     if args.fill_mask:
-        for guesses in fill_mask(Path(args.fill_mask[1]), args.fill_mask[0]):
+        text, run = args.fill_mask
+        for guesses in fill_mask(*load_masked_lm(Path(run)), text):
             print("  ".join(f"{piece} {p:.3f}" for piece, p in guesses))
         return
     if args.show:
@@ -1045,7 +1042,7 @@ def main() -> None:
     with ranks():
         recipe = chosen_recipe(PRESETS[args.preset], args.set)
         runtime = choose_runtime(args.device, args.dtype, args.runs_dir, args.fresh, args.compile)
-        print(runtime.reason, flush=True)
+        print(runtime.in_words, flush=True)
         with rank_0_first():
             data = open_data(args.data, args.preset)
         folder = pretrain(data, args.model, recipe, args.seed, runtime, args.max_articles,

@@ -53,7 +53,7 @@ IGNORED_TENSORS = ("bert.pooler.", "pooler.", "cls.seq_relationship.", "classifi
 
 
 def their_names(model: MaskedLM | Classifier) -> dict[str, list[str]]:
-    """Their name of each of a model's tensors. Query, key and value are three tensors there."""
+    """For each tensor of our model, its names there: three for attention.qkv, else one."""
     is_pre = model.config.norm == "pre"
     modules = {
         "bert.token": "bert.embeddings.word_embeddings",
@@ -62,7 +62,7 @@ def their_names(model: MaskedLM | Classifier) -> dict[str, list[str]]:
         "bert.final_norm": "bert.encoder.ln",
         "dense": "cls.predictions.transform.dense",
         "norm": "cls.predictions.transform.LayerNorm",
-        "": "cls.predictions",
+        "": "cls.predictions",  # the bias of MaskedLM itself
         "pooler": "bert.pooler.dense",
         "output": "classifier",
     }

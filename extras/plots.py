@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune import check_finished
 from model import attention_weights
@@ -149,19 +149,15 @@ def attention_of(run: Path, text: str) -> tuple[list[str], list[Tensor]]:
     """The tokens of a text, and each layer's attention weights over it: (heads, T, T)."""
     model, tokenizer = load_masked_lm(run)
     input_ids = encode_with_masks(text, tokenizer, model.config.max_length)
-    inputs: list[Tensor] = []  # of each attention
+    weights: list[Tensor] = []
 
-    def hook(module: nn.Module, arguments: tuple) -> None:
-        inputs.append(arguments[0])
+    def hook(attention: Any, arguments: tuple) -> None:
+        query, key, _ = attention.project(arguments[0])
+        weights.append(attention_weights(query, key, torch.zeros(1, 1, 1, key.size(-2)))[0])
 
-    attentions: list[Any] = [layer.attention for layer in model.bert.layers]
-    for attention in attentions:
-        attention.register_forward_pre_hook(hook)
+    for layer in model.bert.layers:
+        layer.get_submodule("attention").register_forward_pre_hook(hook)
     model.bert(input_ids)
-    weights = []
-    for attention, x in zip(attentions, inputs):
-        query, key, _ = attention.project(x)
-        weights.append(attention_weights(query, key, torch.zeros(1, 1, 1, x.size(1)))[0])
     return [tokenizer.pieces.id_to_piece(int(i)) for i in input_ids[0]], weights
 
 

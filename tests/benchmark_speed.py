@@ -366,7 +366,7 @@ def measure_table(bench: Bench, flags: list[str], prefixes: tuple[str, ...],
                   keep: Callable[..., None]) -> None:
     """Measure the rows that begin so. Each is kept at once: it is not lost with the rest."""
     limit = matrix_product_rate(bench.runtime)
-    print(f"{bench.runtime.reason}; a matrix product: {limit / 1e9:.0f} GFLOP/s\n"
+    print(f"{bench.runtime.in_words}; a matrix product: {limit / 1e9:.0f} GFLOP/s\n"
           f"{'':44}{'ours':>12}{'reference':>12}{'ratio':>6}")
     left_out = STEMS[1:] if bench.quick else []
     rows: list[dict] = []
@@ -460,7 +460,7 @@ def main() -> None:
         settings = {"quick": args.quick, "task": bench.task,
                     "vocab_size": folder.tokenizer.vocab_size}
         seconds = round(time.perf_counter() - started)
-        write_json(out, result_record(settings, seconds=seconds, hardware=runtime.reason,
+        write_json(out, result_record(settings, seconds=seconds, hardware=runtime.in_words,
                                       **measured))
 
     if args.grow:

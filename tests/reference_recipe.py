@@ -214,7 +214,7 @@ def main() -> None:
     if args.out:
         settings = {name: results["settings"][name] for name in ("recipe", "config")}
         record = result_record(settings, seconds=round(time.perf_counter() - started),
-                               hardware=choose_runtime().reason, held_out_loss=losses,
+                               hardware=choose_runtime().in_words, held_out_loss=losses,
                                unigram_loss=results["unigram_loss"])
         write_json(args.out, record)
 

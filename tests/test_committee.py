@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import committee as committees
-from committee import (Job, Trained, committee_correct, gap, held_out_sentences, measure_latency,
+from committee import (Job, Trained, committee_correct, held_out_sentences, measure_latency,
                        planned_models, report_language, report_task, table_rows)
 from data import DataFolder, Task
 from finetune import PRESETS as FINETUNE_PRESETS
+from finetune import gap
 from material import PLACES, SUBJECTS, VERBS, articles, corpus_of, on_cpu, pretrain_run
 from material import small_tokenizer, tables_of
 from model import Classifier, named_config
-from pretrain import PRESETS, fill_mask
+from pretrain import PRESETS, fill_mask, load_masked_lm
 from tokenizer import Tokenizer, train_tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "results"))
@@ -95,7 +96,7 @@ def test_a_gap_is_taken_pair_by_pair() -> None:
     """Two seeds that differ, each with the same gap: the interval has no width."""
     a, b = np.array([1.0, 1, 1, 0]), np.array([1.0, 0, 0, 0])
     pairs = {"pre-trained": [a, b], "from scratch": [a - [1, 0, 0, 0], b - [1, 0, 0, 0]]}
-    found = gap(pairs)
+    found = gap(pairs, "members")
     assert (found.mean, found.low, found.high) == pytest.approx((25, 25, 25))
 
 
@@ -145,4 +146,5 @@ def test_masked_words_of_held_out_articles(tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     for line in record:
         assert line["text"] in shown and set(line["guesses"]) == {"bert-6", "bert-1", "bert-1-wide"}
-        assert line["guesses"]["bert-1"] == fill_mask(checkpoint, line["text"], 4)[0]
+        guesses = fill_mask(*load_masked_lm(checkpoint), line["text"], 4)[0]
+        assert line["guesses"]["bert-1"] == guesses

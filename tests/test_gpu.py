@@ -23,8 +23,8 @@ import pretrain as pretraining
 from data import DataFolder, DeviceTable
 from material import articles, corpus_of, small_tokenizer
 from model import MODELS, Attention, Classifier, Committee, MaskedLM, named_config, stack, vote
-from pretrain import (PRESETS, PretrainRecipe, Runtime, fill_mask, load_checkpoint, make_optimizers,
-                      mask_tokens, mlm_loss, pretrain)
+from pretrain import (PRESETS, PretrainRecipe, Runtime, fill_mask, load_checkpoint, load_masked_lm,
+                      make_optimizers, mask_tokens, mlm_loss, pretrain)
 from tokenizer import CLS, FIRST_PIECE
 
 SMOKE = PRESETS["smoke"]
@@ -172,7 +172,7 @@ def test_training_and_fill_mask(device: torch.device, corpus: DataFolder, tmp_pa
     folder = pretrain(corpus, "bert-1", recipe, 0, Runtime(device, dtype, "", tmp_path))
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     assert results["held_out_loss"] < results["unigram_loss"] - 0.5
-    (guesses,) = fill_mask(folder, "The [MASK] of France crosses the city.")
+    (guesses,) = fill_mask(*load_masked_lm(folder), "The [MASK] of France crosses the city.")
     assert [p for _, p in guesses] == sorted((p for _, p in guesses), reverse=True)
 
 

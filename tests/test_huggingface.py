@@ -474,7 +474,7 @@ def test_export(norm: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: py
     text = "The [MASK] of France crosses the city."
     answers = [(tokenizer.pieces.id_to_piece(answer["token"]), answer["score"])
                for answer in fill(text)]
-    expected_answers = pretrain.fill_mask(runs[0], text, 3)[0]
+    expected_answers = pretrain.fill_mask(*pretrain.load_masked_lm(runs[0]), text, 3)[0]
     for (piece, p), (our_piece, our_p) in zip(answers, expected_answers, strict=True):
         assert piece == our_piece and p == pytest.approx(our_p, abs=1e-5)
     classify = transformers.pipeline("text-classification", model=str(folders[1]), top_k=None)
@@ -573,7 +573,8 @@ def test_finetune_from_hugging_face(tokenizer: Tokenizer, tmp_path: Path,
     model, again = pretrain.load_masked_lm(imported[0])
     assert again.hash == tokenizer.hash
     assert_same_tensors(model.state_dict(), ours.state_dict())
-    assert len(pretrain.fill_mask(imported[0], "the [MASK] of france")[0]) == 5
+    guesses = pretrain.fill_mask(*pretrain.load_masked_lm(imported[0]), "the [MASK] of france")
+    assert len(guesses[0]) == 5
     with pytest.raises(InputError, match="head"):
         pretrain.load_masked_lm(imported[1])
     labels = [write_task_file(tmp_path / "train.csv", 12)]

@@ -151,9 +151,9 @@ def test_recipes_from_the_command_line() -> None:
     assert PRESETS["paper"].total_steps(10) == 500
     assert chosen_recipe(quick, ["lr=1e-3", "norm=post"]) == replace(quick, lr=1e-3, norm="post")
     for wrong, message in (("lr=x", "'x' is not a number"), ("lr=nan", "must lie in 0..1000"),
-                           ("steps=1.5", "not a number"), ("beta2=1", "must lie in"),
-                           ("norm=none", "there are post and pre"), ("lrr=1", "did you mean lr?"),
-                           ("steps", "'' is not a number")):
+                           ("steps=1.5", "'1.5' is not a whole number"), ("beta2=1", "must lie in"),
+                           ("norm=none", "must be post or pre"), ("lrr=1", "did you mean lr?"),
+                           ("steps", "'' is not a whole number")):
         with pytest.raises(InputError, match=re.escape(message)):
             chosen_recipe(quick, [wrong])
     assert "warmup        share of the steps" in fields_help(PRESETS)

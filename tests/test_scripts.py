@@ -358,7 +358,7 @@ COMMITTEE = ["committee", "--preset", "smoke", "--runs-dir", "RUNS", "--data", "
     (["pretrain", "--data", "RAW"], "no data folder"),
     (["pretrain", "--data", "OWN", "--runs-dir", "TRAIN"], "Choose another path"),
     ([*PRETRAIN, "--set", "width=100"], "width 100 is not a multiple of 64"),
-    ([*PRETRAIN, "--set", "optimizer=sgd"], "there are adamw and muon"),
+    ([*PRETRAIN, "--set", "optimizer=sgd"], "must be adamw or muon"),
     ([*PRETRAIN, "--set", "batch_size=0"], "batch_size=0: must lie in"),
     ([*PRETRAIN, "--set", "stepps=1"], "did you mean steps?"),
     ([*PRETRAIN, "--max-articles", "9999"], "--max-articles is 9999"),
