@@ -1,7 +1,8 @@
 """data.py - raw downloads -> one data folder, which the other scripts read.
 
-Second of the six files. It knows `tokenizer.py` and nothing of models. Everything random is drawn
-once, with a fixed seed, and is the same for every model that is trained on the folder.
+Second of the six files. It knows `tokenizer.py` and nothing of models. What is random in a folder
+(the order of articles, the rows of a task) is drawn once, with a fixed seed: the same for every
+model.
 
     python data.py                      raw files and data folders: there or missing, licences
     python data.py prepare              the default articles, data/vital
@@ -20,6 +21,7 @@ A data folder holds
 
 from __future__ import annotations
 
+import argparse
 import bz2
 import codecs
 import csv
@@ -71,7 +73,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-SPLIT_SEED = 42  # of everything that is drawn once: the order of articles, the rows of a task
+SPLIT_SEED = 42  # of what is drawn once for a folder: the order of articles, the rows of a task
 
 
 # ---- locks and hashes ----------------------------------------------------------------------------
@@ -87,7 +89,7 @@ def _os_lock(descriptor: int, take: bool) -> None:
 
 @contextmanager
 def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
-    """Hold the operating system's lock on the file `path`. It ends with this process.
+    """Hold the operating system's lock on the file `path`, which ends with this process.
 
     If another process holds it: wait, or raise an InputError that names the process, whose number
     is the file's content. The file stays: deleting it would let two processes lock two files.
@@ -129,7 +131,6 @@ BACKOFF_SECONDS = 1.0  # before the second attempt; doubles with each further on
 LONGEST_WAIT_SECONDS = 120.0  # the most that a Retry-After gets
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, and between two pieces of the body
 MOST_BYTES_AT_ONCE = 1 << 26  # of a small file, which is held in memory
-MOST_FILE_BYTES = 1 << 40  # of a file whose size is not known
 Result = TypeVar("Result")
 
 
@@ -156,7 +157,10 @@ def _retry_after(value: str) -> float:
 
 
 def _with_retries(url: str, by_hand: Path | None, attempt: Callable[[], Result]) -> Result:
-    """Return attempt(), which is repeated after a growing pause while its failure may pass."""
+    """Call attempt() until it succeeds: at most ATTEMPTS times, with growing pauses.
+
+    An error that no waiting cures ends it at once. by_hand: where a user may put the file.
+    """
     for number in range(ATTEMPTS):
         try:
             return attempt()
@@ -204,7 +208,7 @@ def _announced_length(response: requests.Response) -> int | None:
 
 
 def _body(response: requests.Response, most: int) -> Iterator[bytes]:
-    """The body in pieces. Stops behind `most` bytes; _TryAgain if it ends before its length."""
+    """The body in pieces. Stops after more than `most` bytes; _TryAgain if it ends too early."""
     received = 0
     for piece in response.iter_content(1 << 16):
         received += len(piece)
@@ -237,9 +241,9 @@ def fetch_bytes(url: str, start: int | None = None, end: int | None = None,
     return _with_retries(url, by_hand, attempt)
 
 
-def _fetch_part(url: str, part: Path, size: int | None, resume: bool) -> None:
-    """One attempt to complete `part`."""
-    have = part.stat().st_size if resume and part.exists() else 0
+def _fetch_part(url: str, part: Path, size: int) -> None:
+    """One attempt to complete `part`: fetch the bytes that it lacks of `size`."""
+    have = part.stat().st_size if part.exists() else 0
     with requests.Session() as session, _open_url(session, url, have or None) as response:
         if response.status_code == 416:
             if response.headers.get("Content-Range") == f"bytes */{have}":
@@ -248,56 +252,52 @@ def _fetch_part(url: str, part: Path, size: int | None, resume: bool) -> None:
             raise _TryAgain(f"the file has no bytes from {have} on")
         have = have if response.status_code == 206 else 0
         length = _announced_length(response)
-        total = None if length is None else have + length
-        if None not in (size, total) and size != total:
-            raise InputError(f"{url} announces {total} bytes instead of {size}, perhaps an error "
-                             "page. Try later, or put the right file in its place by hand")
+        if length is not None and have + length != size:
+            raise InputError(f"{url} announces {have + length} bytes instead of {size}, perhaps an "
+                             "error page. Try later, or put the right file in its place by hand")
         with (open(part, "ab" if have else "wb") as file,
-              tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True,
+              tqdm(desc=part.stem, total=size, initial=have, unit="B", unit_scale=True,
                    disable=None) as bar):
-            for piece in _body(response, MOST_FILE_BYTES if size is None else size - have):
+            for piece in _body(response, size - have):
                 file.write(piece)
                 bar.update(len(piece))
             file.flush()
             os.fsync(file.fileno())
 
 
-def download(url: str, path: Path | str, size: int | None = None, sha256: str | None = None,
-             sha1: str | None = None) -> Path:
+def download(url: str, path: Path | str, size: int, digest: str) -> Path:
     """Fetch `url` to `path`. A file that is there already is taken as it is.
 
     The bytes gather in `path`.part, which later runs continue. It becomes `path` only if size
-    (bytes) and hash are right. Of several processes that want one file, one fetches it.
+    (bytes) and digest (sha1 or sha256) are right. Of several processes that want one file, one
+    fetches it.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    algorithm, expected = ("sha256", sha256) if sha256 else ("sha1", sha1)
+    algorithm = {40: "sha1", 64: "sha256"}[len(digest)]
     if path.exists():  # before the lock, since the folder may be read-only
         return path
     with file_lock(path.with_name(path.name + ".lock"), wait=True), full_disk_named(part):
         if path.exists():  # another process has fetched it
             return path
-        # Without a hash, nothing would reveal a file that is half of an old version.
-        resume = expected is not None
-        for continued in (resume and part.exists(), False):
-            _with_retries(url, path, lambda: _fetch_part(url, part, size, resume))
-            got = (part.stat().st_size if size is not None else None,
-                   file_hash(part, algorithm) if expected else None)
-            if got == (size, expected):
+        for continued in (part.exists(), False):
+            _with_retries(url, path, lambda: _fetch_part(url, part, size))
+            got = part.stat().st_size, file_hash(part, algorithm)
+            if got == (size, digest):
                 os.replace(part, path)
                 return path
             part.unlink()
             if not continued:  # else the old part may be of another version: once more
                 break
     raise InputError(f"{url} gave a wrong file (size, {algorithm}: {got} instead of "
-                     f"{(size, expected)}), now deleted. Try again, or put the right file at "
+                     f"{(size, digest)}), now deleted. Try again, or put the right file at "
                      f"{path} by hand")
 
 
 # ---- wikitext ------------------------------------------------------------------------------------
 
 MOST_SCANNED = 200_000  # characters of wikitext in which an opening is looked for
-DEEPEST = 40  # levels of templates, links or tables in one another that are resolved
+DEEPEST = 40  # so many levels of nested templates, links or tables are resolved
 # Namespaces by name, in lower case. A dump names its own in <siteinfo>.
 NAMESPACES = {"media": -2, "special": -1, "talk": 1, "user": 2, "wikipedia": 4, "file": 6,
               "image": 6, "mediawiki": 8, "template": 10, "help": 12, "category": 14, "portal": 100}
@@ -308,7 +308,8 @@ _RAW = ("ref|math|chem|gallery|timeline|score|hiero|imagemap|source|syntaxhighli
         "|mapframe|templatestyles|nowiki")
 _RAW_TAG = re.compile(rf"<({_RAW})\b[^<>]*>", re.I)
 _RAW_END = {name: re.compile(rf"<(/?){name}\b[^<>]*(?<!/)>", re.I) for name in _RAW.split("|")}
-# The innermost of what nests. The possessive "*+" keeps each search linear, also in broken text.
+# Links, templates and tables nest. Each pattern finds the innermost: one that holds no other. The
+# possessive "*+" keeps each search linear, also in broken text.
 _LINK = re.compile(r"\[\[((?:[^\[\]]|\[(?!\[)|\](?!\]))*+)\]\]")
 _TEMPLATE = re.compile(r"\{\{((?:[^{}]|\{(?!\{)|\}(?!\}))*+)\}\}")
 _TABLE = re.compile(r"\{\|(?:[^{|]|\{(?!\|)|\|(?!\}))*+\|\}")
@@ -319,7 +320,7 @@ _PICTURE = re.compile(r"[^|]*\.(?:jpe?g|png|svg|gif|tiff?|webp|ogg|webm|pdf)\s*(
 _DISAMBIGUATION = re.compile(
     r"\{\{\s*(?:[a-z ]{0,40}disambig(?:uation)?(?:[- ]cleanup)?|hndis|geodis)\s*[|}]", re.I)
 
-VANISHED = "\0"  # stands where something was removed, until it is known whether it parted words
+VANISHED = "\0"  # stands where something was removed, until it is known whether it separated words
 TEMPLATE_TEXT = {  # templates that stand for a character
     "snd": "–", "spnd": "–", "ndash": "–", "–": "–", "spaced ndash": "–", "en dash": "–",
     "mdash": "—", "—": "—", "nbsp": " ", "thinsp": " ", "'": "'", "'s": "'s", "!": "|",
@@ -401,7 +402,7 @@ def _without_raw(text: str) -> str:
 
 def opening_text(wikitext: str, max_characters: int = 1200,
                  names: dict[str, int] = NAMESPACES) -> str:
-    """The plain text before an article's first heading; newlines part paragraphs.
+    """The plain text before an article's first heading; newlines separate paragraphs.
 
     It is cut at a word, to at most max_characters. names: the wiki's namespaces, in lower case.
     Takes linear time and never raises, however broken the wikitext is.
@@ -421,7 +422,7 @@ def opening_text(wikitext: str, max_characters: int = 1200,
             text, found = pattern.subn(replacement, text)
             if not found:
                 break
-    # What is never closed loses its mark and the rest of its line; a link that is text, its mark.
+    # An unclosed template or table loses the rest of its line. An unclosed link keeps its text.
     text = re.sub(r"(?:\{\{|\{\||<table\b)[^\n]*", "", text, flags=re.I)
     text = re.sub(r"\[\[([^\n]*)", lambda match: _link_text(match[1], names), text)
     text = re.sub(r"\{\{|\}\}|\[\[|\]\]|\{\||\|\}", "", text)
@@ -437,13 +438,14 @@ def opening_text(wikitext: str, max_characters: int = 1200,
     text = re.sub(r"\([ ;,:/–-]+", "(", text)  # what removed templates leave: "( ; born 1900)"
     text = re.sub(r"[ ;,:/–-]+\)", ")", text)  # "(1900; )"
     text = re.sub(r"(?<!\w)\(\)", "", text)  # but main() is a function
+    # No blank before a sign, no two commas
     text = re.sub(r" +(?=[,.;:]?(?: |$))|[,;]+(?=[,;])", "", text, flags=re.M)
     lines = [line.strip().lstrip(",;: ") for line in text.split("\n") if re.search(r"\w", line)]
     text = "\n".join(lines)
     if len(text) <= max_characters:
         return text
     cut = max(text.rfind(blank, 0, max_characters + 1) for blank in " \n")
-    if cut <= max(0, max_characters - 100):  # a script without blanks between words
+    if cut <= max(0, max_characters - 100):  # a writing system without blanks between words
         cut = max_characters
     return text[:cut]
 
@@ -543,18 +545,18 @@ def _newest_dump(wiki: str, by_hand: Path) -> dict:
         names = {"dump": stem + ".xml.bz2", "index": stem + "-index.txt.bz2"}
         try:
             jobs = json.loads(fetch_bytes(folder + "dumpstatus.json", by_hand=by_hand))["jobs"]
-        except (NotServed, ValueError, KeyError, TypeError):
+            # Of a large wiki, one job makes parts and the other joins them.
+            for key in ("articlesmultistreamdumprecombine", "articlesmultistreamdump"):
+                job = jobs.get(key, {})
+                files = job.get("files", {})
+                if job.get("status") == "done" and set(names.values()) <= files.keys():
+                    found: dict = {"date": date}
+                    for part, file in names.items():
+                        found[part] = {"url": folder + file, "size": files[file]["size"],
+                                       "sha1": files[file]["sha1"]}
+                    return found
+        except (NotServed, ValueError, KeyError, TypeError, AttributeError):
             continue  # a dump that has just begun
-        # Of a large wiki, one job makes parts and the other joins them.
-        for key in ("articlesmultistreamdumprecombine", "articlesmultistreamdump"):
-            job = jobs.get(key, {})
-            files = job.get("files", {})
-            if job.get("status") == "done" and set(names.values()) <= files.keys():
-                found: dict = {"date": date}
-                for part, file in names.items():
-                    found[part] = {"url": folder + file, "size": files[file]["size"],
-                                   "sha1": files[file]["sha1"]}
-                return found
     raise InputError(f"{WIKIMEDIA}/{wiki}/ lists no finished dump. Try again in a day, or put a "
                      f"dump at {by_hand} by hand")
 
@@ -581,18 +583,6 @@ def pinned_dump(wiki: str, folder: Path) -> dict:
                          "dump") from None
 
 
-def _unpacked(stream: bytes) -> Iterator[bytes]:
-    """The first bz2 stream in `stream`, a megabyte at a time; OSError or EOFError if damaged."""
-    unpacker = bz2.BZ2Decompressor()
-    for _ in range(MOST_STREAM_BYTES >> 20):
-        yield unpacker.decompress(stream, 1 << 20)
-        stream = b""
-        if unpacker.eof:
-            return
-        if unpacker.needs_input:
-            raise EOFError("it ends early")
-
-
 def _stream(url: str, start: int, end: int, folder: Path,
             session: requests.Session | None) -> bytes:
     """The unpacked bz2 stream at the bytes [start, end) of a dump; the packed one is kept."""
@@ -603,7 +593,11 @@ def _stream(url: str, start: int, end: int, folder: Path,
             with write_atomically(path) as file:
                 file.write(packed)
         try:
-            return b"".join(_unpacked(path.read_bytes()))
+            unpacker = bz2.BZ2Decompressor()
+            unpacked = unpacker.decompress(path.read_bytes(), MOST_STREAM_BYTES)
+            if unpacker.needs_input:
+                raise EOFError("it ends early")
+            return unpacked
         except (OSError, EOFError) as error:  # bz2 carries its own checksums
             path.unlink()
             problem = error
@@ -658,6 +652,7 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path,
     if path := local_dump(wiki, raw_dir):
         draw = random.Random(seed)
         with tqdm(read_dump(path), desc=path.name, unit=" articles", disable=None) as found:
+            # Those with the smallest random numbers are a random sample, and a larger count adds.
             keyed = ((draw.random(), number, article) for number, article in enumerate(found))
             articles = [article for *_, article in heapq.nsmallest(count, keyed)]
     else:
@@ -675,7 +670,9 @@ def wikimedia_articles(wiki: str, count: int, raw_dir: Path,
 def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) -> list[Article]:
     """At least `count` articles of the dump, if it has so many: streams in a random order."""
     url = dump["dump"]["url"]
-    index = download(path=folder / dump["index"]["url"].rpartition("/")[2], **dump["index"])
+    file = dump["index"]
+    index = download(file["url"], folder / file["url"].rpartition("/")[2], file["size"],
+                     file["sha1"])
     with open_packed(index) as lines:  # "offset:page id:title", 100 lines with the same offset
         numbers = {line.partition(b":")[0] for line in lines}
     offsets = sorted(int(number) for number in numbers if number.isdigit())
@@ -699,13 +696,13 @@ def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) 
 # ---- text from files -----------------------------------------------------------------------------
 
 LONGEST_LINE = 1 << 25  # characters
-MOST_UNPACKED = 1 << 28  # bytes that a compressed file may always have when unpacked
-MOST_RATIO = 100  # beyond that: so many times its packed size; text reaches 3 to 10
+MOST_UNPACKED = 1 << 28  # a compressed file may always unpack to so many bytes,
+MOST_RATIO = 100  # or to so many times its packed size; text reaches 3 to 10
 csv.field_size_limit(LONGEST_LINE)
 
 
 def check_ratio(path: Path, unpacked: int) -> None:
-    """Raise InputError if a compressed file grows as no text does (made to fill memory)."""
+    """Raise InputError if a compressed file grows as no text does: made to fill the memory."""
     packed = path.stat().st_size
     if unpacked > max(MOST_UNPACKED, MOST_RATIO * packed):
         raise InputError(f"{path}: unpacks to more than {unpacked / 1e6:.0f} MB from "
@@ -714,7 +711,8 @@ def check_ratio(path: Path, unpacked: int) -> None:
 
 
 def text_lines(file: IO[bytes], name: str) -> Iterator[str]:
-    """The lines of UTF-8 text (or UTF-16 with a byte order mark), each with "\\n" at its end.
+    """The lines of UTF-8 text (or UTF-16 with a byte order mark), each with "\\n" at its end
+    (but perhaps the last).
 
     Lines may end in "\\n", "\\r\\n" or "\\r". Raises InputError, with the line, for any wrong byte.
     """
@@ -749,7 +747,7 @@ def file_lines(path: Path) -> Generator[str, None, None]:
 
 
 def _plain_articles(path: Path) -> Iterator[Article]:
-    """Articles of a .txt file: parted by blank lines, or by <doc> lines as WikiExtractor writes.
+    """Articles of a .txt file: separated by blank lines, or by <doc> lines as WikiExtractor writes.
 
     A file without a blank line is an article a line. Headings (" = Title = ") are left out.
     """
@@ -760,7 +758,8 @@ def _plain_articles(path: Path) -> Iterator[Article]:
     one_a_line = not documents and "" not in lines and len(lines) > 1
     if one_a_line:
         print(f"{path}: has no blank line, so each line is read as an article", flush=True)
-    title, paragraphs = "", list[str]()
+    title = ""
+    paragraphs: list[str] = []
     for line in [*lines, "</doc>" if documents else ""]:
         if documents and re.match(r"</?doc\b", line) or not documents and not line:
             if paragraphs:
@@ -786,7 +785,8 @@ def _json_articles(path: Path) -> Iterator[Article]:
                              '{"title": "...", "text": "..."}') from None
         if not isinstance(text, str) or "text" not in record:
             raise InputError(f'{path}, line {number}: "text" is missing, or is no string')
-        yield Article(str(title or ""), text, str(wiki or "").encode("ascii", "replace").decode())
+        # "replace": a lone surrogate could not be written to dataset.json
+        yield Article(str(title or ""), text, str(wiki or "").encode("utf-8", "replace").decode())
 
 
 def read_article_file(path: Path) -> Iterator[Article]:
@@ -886,7 +886,7 @@ class Official:
     licence: str
 
 
-# Pinned commits, sizes and checksums: see the data sets' own pages.
+# The addresses name a commit, so that these files never change.
 _FEWREL = ("https://raw.githubusercontent.com/thunlp/FewRel/"
            "278a2315d2138810a379cd8d5718914dc56e2582/data/")
 _AG_NEWS = ("https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/"
@@ -929,7 +929,7 @@ TASKS = {
     "dbpedia": TaskSource(("dbpedia_csv.tgz",), (100, 100, 100)),
     "topics": TaskSource((), (50, 100, 100)),  # of the default articles
 }
-SMOKE_ROWS = (5, 5, 5)
+SMOKE_ROWS = (5, 5, 5)  # of each class, as above, in the preset "smoke"
 
 
 @dataclass
@@ -981,11 +981,6 @@ def rows_a_class(labels: Iterable[int]) -> str:
     """How many rows the classes have: a number, or a range."""
     counts = Counter(labels).values()
     return f"{max(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-
-
-def largest_share(labels: Sequence[int]) -> float:
-    """The share of the largest class: the accuracy of always naming it."""
-    return max(Counter(labels).values()) / len(labels)
 
 
 def csv_rows(lines: Iterable[str], where: str, columns: int,
@@ -1048,23 +1043,24 @@ def fetch_official(file: str, raw_dir: Path) -> Path:
     earlier = raw_dir.parent / file  # where earlier versions kept it
     if earlier.exists() and not path.exists():
         return earlier
-    return download(source.url, path, size=source.size, sha256=source.sha256)
+    return download(source.url, path, source.size, source.sha256)
 
 
-Parts = tuple[list[str], Rows, Rows | None]  # class names, rows, test rows if they are separate
+RawTask = tuple[list[str], Rows, Rows | None]  # class names, rows, test rows (None: none yet)
 
 
-def _read_topics(raw_dir: Path) -> Parts:
+def _read_topics(raw_dir: Path) -> RawTask:
     extracts = [x for x in vital_extracts(raw_dir) if x["topic"] != "Uncategorized"]
     classes = sorted({x["topic"] for x in extracts})
     return classes, [(x["extract"], classes.index(x["topic"])) for x in extracts], None
 
 
-def _read_fewrel(path: Path, names_path: Path, markers: bool) -> Parts:
+def _read_fewrel(path: Path, names_path: Path, markers: bool) -> RawTask:
     try:
         relations = json.loads(path.read_text(encoding="utf-8"))
         names = json.loads(names_path.read_text(encoding="utf-8"))
-        classes, rows = [], Rows()
+        classes: list[str] = []
+        rows: Rows = []
         for number, (relation, instances) in enumerate(relations.items()):
             classes.append(str(names[relation][0]) if relation in names else relation)
             rows += [(fewrel_text(instance, markers), number) for instance in instances]
@@ -1074,7 +1070,7 @@ def _read_fewrel(path: Path, names_path: Path, markers: bool) -> Parts:
     return classes, rows, None
 
 
-def _read_dbpedia(path: Path) -> Parts:
+def _read_dbpedia(path: Path) -> RawTask:
     try:
         with tarfile.open(path) as archive:  # read in place; nothing is extracted
 
@@ -1098,7 +1094,7 @@ def _read_dbpedia(path: Path) -> Parts:
                          "again") from None
 
 
-def read_task(name: str, raw_dir: Path, markers: bool = False) -> Parts:
+def read_task(name: str, raw_dir: Path, markers: bool = False) -> RawTask:
     """The rows of one of TASKS. Raw files that are missing are downloaded."""
     paths = [fetch_official(file, raw_dir) for file in TASKS[name].files]
     if name == "topics":
@@ -1111,11 +1107,12 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> Parts:
     return ["World", "Sports", "Business", "Sci/Tech"], train, test
 
 
-BLANKS = " \t\n\r\xa0\ufeff\u200b\u200e\u200f"  # at the ends of a label, with the invisible ones
+BLANKS = " \t\n\r\xa0\ufeff\u200b\u200e\u200f"  # to strip from labels; the last four are invisible
 
 
 def read_labels(path: Path) -> list[tuple[str, str]]:
     """(label, text) of a CSV file whose header names the columns label and text, in any order.
+    Other columns are ignored.
 
     The separator is the comma, semicolon or tab of the header. Labels are in NFC, without outer
     blanks. Rows without a text are left out, and their number is printed.
@@ -1148,7 +1145,7 @@ def read_labels(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def read_task_files(paths: Sequence[Path]) -> Parts:
+def read_task_files(paths: Sequence[Path]) -> RawTask:
     """A user's own task: a CSV file of training rows and, perhaps, one of test rows."""
     if len(paths) > 2:
         raise InputError(f"--labels {' '.join(map(str, paths))}: takes a training file and at most "
@@ -1209,13 +1206,15 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
     sizes = Counter(label for group in groups.values() for _, label in group)
 
     one_file = test_rows is None
-    needed = train_per_class + dev_per_class + (test_per_class if one_file else 0)
+    least = min(sizes.values(), default=0)
+    dev = dev_per_class or least // 10
+    needed = train_per_class + dev + ((test_per_class or least // 5) if one_file else 0)
     most_train = train_per_class
-    if train_per_class and min(sizes.values(), default=0) < needed:  # dev is cut from train
-        dev_per_class = min(dev_per_class, train_per_class // 2)
-        most_train = train_per_class - dev_per_class
-    exact = {"train": most_train, "dev": dev_per_class, "test": test_per_class}
-    parts = _divide(list(groups.values()), sizes, exact, one_file)
+    if train_per_class and least < needed:  # dev is cut from train
+        dev_per_class = max(1, min(dev, train_per_class // 2))
+        most_train = max(1, train_per_class - dev_per_class)
+    per_class = {"train": most_train, "dev": dev_per_class, "test": test_per_class}
+    parts = _divide(list(groups.values()), sizes, per_class, one_file)
     notes = []
     if left_out:
         notes.append(f"{left_out} training rows left out that are test texts")
@@ -1223,19 +1222,20 @@ def sample_task(name: str, classes: list[str], rows: Rows, test_rows: Rows | Non
         notes.append(f"{len(classes) - len(kept)} classes under {min_class_size} rows dropped")
     task = Task(name, [classes[c] for c in kept], parts["train"], parts["dev"],
                 parts["test"] if one_file else test, train_per_class, "; ".join(notes))
-    _check_sizes(task, sizes, groups.values(), one_file, exact)
+    _check_sizes(task, sizes, groups.values(), one_file, per_class)
     return task
 
 
-def _divide(groups: Sequence[Rows], sizes: Counter[int], exact: dict[str, int],
+def _divide(groups: Sequence[Rows], sizes: Counter[int], per_class: dict[str, int],
             one_file: bool) -> dict[str, Rows]:
     """Give the rows of each text to the first of test, dev and train that still wants rows.
 
-    sizes: rows of each class. exact: rows of a class for each part; 0: a share (test a fifth, dev
-    a tenth, at least one text), and for train all that are left. one_file: test rows are needed.
+    sizes: rows of each class. per_class: rows of a class for each part; 0: a share (test a fifth,
+    dev a tenth, at least one text), and for train all that are left. one_file: test rows are
+    needed.
     """
     parts: dict[str, Rows] = {"train": [], "dev": [], "test": []}
-    taken = {part: Counter[int]() for part in parts}
+    taken: dict[str, Counter[int]] = {part: Counter() for part in parts}
     shares = {"test": 5, "dev": 10} if one_file else {"dev": 10}
     for group in groups:
         chosen = "train"
@@ -1243,29 +1243,30 @@ def _divide(groups: Sequence[Rows], sizes: Counter[int], exact: dict[str, int],
         for part, share in shares.items():
             room = True
             for c, n in counts.items():
-                wanted = exact[part] or max(n, sizes[c] // share)
+                wanted = per_class[part] or max(n, sizes[c] // share)
                 room &= taken[part][c] + n <= wanted
             if room:
                 chosen = part
                 break
+        most = per_class["train"] or sizes.total()
         for text, label in group:
-            if chosen != "train" or not exact["train"] or taken["train"][label] < exact["train"]:
+            if chosen != "train" or taken["train"][label] < most:
                 parts[chosen].append((text, label))
                 taken[chosen][label] += 1
     return parts
 
 
 def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_file: bool,
-                 exact: dict[str, int]) -> None:
+                 per_class: dict[str, int]) -> None:
     """Raise InputError for a class with too few distinct texts, or too few rows for a part.
 
-    sizes: rows of each class. groups: the rows of each text. exact: rows that each part needs.
+    sizes: rows of each class. groups: the rows of each text. per_class: rows that each part needs.
     """
     distinct: Counter[int] = Counter()
     for group in groups:
         distinct.update({label for _, label in group})
     parts = ["train", "dev", "test"] if one_file else ["train", "dev"]
-    counts = {part: Counter(label for _, label in getattr(task, part)) for part in exact}
+    counts = {part: Counter(label for _, label in getattr(task, part)) for part in per_class}
     for c, class_name in enumerate(task.classes):
         # cut: a text may have slipped into the column of labels
         where = f"task {task.name}: class {class_name[:60]!r}"
@@ -1275,13 +1276,13 @@ def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_fi
             raise InputError(
                 f"{where} has {texts}, and {len(parts)} are needed ({', '.join(parts)}). Add "
                 f"texts, or drop small classes with --min-class-size {enough}")
-        for part, rows in exact.items():
+        for part, rows in per_class.items():
             have = counts[part][c]
             if part == "test" and not one_file and have < max(1, rows):
                 raise InputError(f"{where} has {have} of {max(1, rows)} test rows. Add test rows "
                                  "of this class, or lower --test-per-class")
             if have < max(1, rows):
-                enough = max(sum(exact[part] for part in parts), sizes[c] + 1)
+                enough = max(sum(per_class[part] for part in parts), sizes[c] + 1)
                 raise InputError(
                     f"{where} has {sizes[c]} rows; {have} of {max(1, rows)} {part} rows are there. "
                     f"Drop small classes with --min-class-size {enough}, or lower "
@@ -1290,7 +1291,7 @@ def _check_sizes(task: Task, sizes: Counter[int], groups: Iterable[Rows], one_fi
 
 # ---- token tables --------------------------------------------------------------------------------
 
-UNKNOWN_TEXT = ("the tokenizer does not know most of this text, so results mean nothing. "
+UNKNOWN_WARNING = ("the tokenizer does not know most of this text, so results mean nothing. "
                 "It was trained on another script or language")
 
 
@@ -1350,7 +1351,7 @@ def decode_texts(table: TokenTable, tokenizer: Tokenizer) -> list[str]:
 
 
 def unknown_share(tokens: np.ndarray, tokenizer: Tokenizer) -> float:
-    """The share of [UNK] among the tokens; special tokens and the lone blank do not count."""
+    """The share of [UNK] among the tokens, without special tokens and "▁", a blank alone."""
     blank = tokenizer.pieces.piece_to_id("▁")
     words = tokens[(tokens >= FIRST_PIECE) & (tokens != blank) | (tokens == UNK)]
     return float((words == UNK).mean()) if len(words) else 0.0
@@ -1363,7 +1364,7 @@ def encoding_shares(table: TokenTable, tokenizer: Tokenizer, what: str) -> dict[
     print(f"{what}: {100 * unknown:.1f} % of the tokens are unknown, {100 * cut_off:.1f} % of the "
           f"texts are cut off at {table.max_length} tokens", flush=True)
     if unknown > 0.5:
-        print(f"warning: {what}: {UNKNOWN_TEXT}", file=sys.stderr)
+        print(f"warning: {what}: {UNKNOWN_WARNING}", file=sys.stderr)
     return {"unknown": unknown, "cut_off": cut_off}
 
 
@@ -1387,34 +1388,28 @@ def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int,
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def padded_length(longest: int, most: int) -> int:
-    """The padded length of a batch: a multiple of 8, for few shapes, and at most `most`."""
-    return min(-(-longest // 8) * 8, most)
-
-
 def to_device(x: np.ndarray, device: torch.device) -> Tensor:
     """The array on the device. On a CUDA GPU, the copy queues behind other work: no waiting."""
     return torch.from_numpy(x).to(device, non_blocking=device.type == "cuda")
 
 
 class DeviceTable:
-    """A token table on the training device. For a batch, only places of texts are copied there."""
+    """A token table on the training device. Its tokens are copied there once. For a batch, only two
+    numbers of each text follow: where it begins, and its length.
+    """
 
     def __init__(self, table: TokenTable, device: torch.device) -> None:
-        self.most = table.max_length
+        self.device, self.max_length = device, table.max_length
         self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
         self.offsets, self.lengths = table.offsets, table.lengths
-        self.device, self.longest = device, int(self.lengths.max(initial=0))
 
-    def batch(self, texts: np.ndarray, to_longest: bool = False) -> Tensor:
-        """Indices of texts -> input_ids (B, T) int64, with PAD behind shorter texts.
-
-        to_longest: T is that of the table's longest text, so that every batch has one shape.
-        """
-        longest = self.longest if to_longest else int(self.lengths[texts].max())
+    def batch(self, texts: np.ndarray) -> Tensor:
+        """Indices of texts -> input_ids (B, T) int64, with PAD behind shorter texts."""
+        longest = int(self.lengths[texts].max())
+        padded = min(-(-longest // 8) * 8, self.max_length)  # a multiple of 8, so shapes are few
         place = np.stack([self.offsets[texts], self.lengths[texts]])
         start, length = to_device(place, self.device)[:, :, None]  # each (B, 1)
-        column = torch.arange(padded_length(longest, self.most), device=self.device)
+        column = torch.arange(padded, device=self.device)
         index = (start + column).clamp_(max=len(self.tokens) - 1)
         return torch.where(column < length, self.tokens[index], PAD).long()
 
@@ -1428,7 +1423,7 @@ REMAKE = "Make the folder again (the same command with --fresh)"
 
 @dataclass(frozen=True)
 class PreparePreset:
-    """vocab_size and max_length of the folder; articles: the most that the preset can use."""
+    """vocab_size and max_length of the folder; articles: at most so many, without --count."""
 
     vocab_size: int
     max_length: int
@@ -1449,7 +1444,7 @@ class Request:
 
     articles: Sequence[str] = ()  # patterns of article files
     wiki: str = ""  # or random articles of this Wikipedia; neither: the default articles
-    count: int = 0  # articles to train on
+    count: int = 0  # articles to train on; 0: as many as the preset takes
     task: Sequence[str] = ()  # names in TASKS
     labels: Sequence[Path] = ()  # a user's CSV files: training rows and, perhaps, test rows
     tokenizer: Path | None = None  # a trained one, instead of training one
@@ -1625,7 +1620,7 @@ def load_table(path: Path, part: str, meta: dict) -> TokenTable:
 
 
 def contents_id(meta: dict) -> str:
-    """The sha256 of all that decides the contents: files, classes and their order, lengths."""
+    """The sha256 of all that decides the contents: the files' hashes, the classes in order, ..."""
     tasks = {}
     for name, about in meta["tasks"].items():
         tasks[name] = [about["classes"], about["train_per_class"]]
@@ -1635,11 +1630,10 @@ def contents_id(meta: dict) -> str:
 
 def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[str, TokenTable],
                  wikis: np.ndarray, tasks: Sequence[Task]) -> None:
-    """Write the files of a data folder, dataset.json last. Completes meta."""
+    """Write the files of a data folder, dataset.json last. Adds "files" and "id" to meta."""
     save_tokenizer(tokenizer, folder / "tokenizer.model")
     for name, table in tables.items():
-        with open(folder / f"{name}.bin", "wb") as file:
-            file.write(table.tokens.astype("<u2").tobytes())
+        (folder / f"{name}.bin").write_bytes(table.tokens.astype("<u2").tobytes())
         save_array(folder / f"{name}.npy", table.offsets.astype("<i8"))
     if tables:
         save_array(folder / "articles.wiki.npy", wikis)
@@ -1754,15 +1748,19 @@ def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFold
             meta["articles_encoded"] = encoding_shares(tables["articles"], tokenizer, "articles")
         decoded = decode_texts(tables["articles"], tokenizer) if tables and tasks else []
         for task in tasks:
-            report = report_task(task, decoded, tokenizer, request.max_length)
+            report = report_leaks(task, decoded, tokenizer, request.max_length)
             meta["tasks"][task.name] |= report
         write_folder(folder, meta, tokenizer, tables, wikis, tasks)
 
     return make_folder(path, request.settings(), request.sources(), fresh, write)
 
 
-def report_task(task: Task, articles: Sequence[str], tokenizer: Tokenizer, max_length: int) -> dict:
-    """Print a task's counts, and what its test rows share with the articles (decode_texts)."""
+def report_leaks(task: Task, articles: Sequence[str], tokenizer: Tokenizer,
+                 max_length: int) -> dict:
+    """Print a task's counts, and how many test rows share a passage with an article.
+
+    articles: their texts as decode_texts gives them.
+    """
     train, dev, test = (rows_a_class(label for _, label in rows)
                         for rows in (task.train, task.dev, task.test))
     print(f"task {task.name}: {len(task.classes)} classes; {train} training, {dev} dev and {test} "
@@ -1774,8 +1772,8 @@ def report_task(task: Task, articles: Sequence[str], tokenizer: Tokenizer, max_l
     shared = 0.0
     if articles:
         test_texts = whole_texts([text for text, _ in task.test], tokenizer)
-        shared = float(shared_runs(articles, test_texts)[0].mean())
-        print(f"task {task.name}: {100 * shared:.1f} % of the test rows share {RUN} characters "
+        shared = float(shared_passages(articles, test_texts)[0].mean())
+        print(f"task {task.name}: {100 * shared:.1f} % of the test rows share {PASSAGE} characters "
               "with an article", flush=True)
     return {"encoded": shares, "test_rows_sharing_runs": shared}
 
@@ -1813,7 +1811,8 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
     """(articles to train on, articles held out, how many were left out and why).
 
     They are in a fixed random order: the articles of a smaller count are the first of a larger
-    one, and the held-out ones (1,000, or a twentieth of a small pool) are the same for every count.
+    one, and the held-out ones (1,000, or a twentieth of a small pool) are the same for every count,
+    unless a wiki has fewer than count + 1,000 articles.
     """
     most = PREPARE_PRESETS[request.preset].articles
     wanted = request.count or min(20_000, most)
@@ -1822,7 +1821,7 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
         source = itertools.chain.from_iterable(
             read_article_file(path) for path in article_files(request.articles))
     elif request.wiki:
-        # some will be left out, and 1,000 are held out
+        # 1,000 are held out; 2 % and 100 more, because some will be left out
         source = wikimedia_articles(request.wiki, wanted + wanted // 50 + 1_100, request.raw_dir)
     else:
         source = (Article(x["title"], x["extract"]) for x in vital_extracts(request.raw_dir))
@@ -1832,11 +1831,10 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
         held_out = 1_000  # the pool grows with the count, and the held-out articles must not
     if not held_out:
         raise InputError(f"there are {len(pool)} distinct articles, and at least 20 are needed")
-    if request.wiki:  # in a random order already
-        order, count = np.arange(len(pool)), wanted
-    else:
+    order = np.arange(len(pool))  # articles of a wiki come in a random order
+    if not request.wiki:
         order = np.random.default_rng(SPLIT_SEED).permutation(len(pool))
-        count = request.count or min(most, len(pool) - held_out)
+    count = request.count or min(wanted if request.wiki else most, len(pool) - held_out)
     if count > len(pool) - held_out:
         raise InputError(f"--count {count}: there are {len(pool)} distinct articles, {held_out} of "
                          "them held out. Lower --count, or add articles")
@@ -1879,8 +1877,8 @@ def usable_articles(source: Iterable[Article], tasks: Sequence[Task],
 
 # ---- overlap between articles and tasks: the paper's third claim ---------------------------------
 
-RUN = 50  # characters, blanks and case ignored, that two texts share
-_BASE = 0x9E3779B97F4A7C15  # odd, so that its powers have inverses modulo 2^64
+PASSAGE = 50  # so many equal characters in a row, blanks and case ignored, are a shared passage
+_POWERS = np.cumprod(np.full(PASSAGE, 0x9E3779B97F4A7C15, np.uint64))  # modulo 2^64
 
 
 def whole_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
@@ -1888,38 +1886,33 @@ def whole_texts(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
     return decode_texts(encode_texts(texts, tokenizer, max_length=10**6), tokenizer)
 
 
-def run_hashes(text: str, powers: np.ndarray, inverse: np.ndarray) -> np.ndarray:
-    """A hash of each run of RUN characters: (characters - RUN + 1,) uint64.
+def passage_hashes(text: str) -> np.ndarray:
+    """A hash of each passage of a text: (characters - PASSAGE + 1,) uint64.
 
-    It is a polynomial modulo 2^64, the sum over a run of character x base^place, computed from
-    differences of running sums.
+    It is the sum of character x power over the passage, modulo 2^64.
     """
     characters = np.frombuffer(text.encode("utf-32-le", "replace"), "<u4").astype(np.uint64)
-    if len(characters) < RUN:
+    if len(characters) < PASSAGE:
         return np.zeros(0, np.uint64)
-    sums = np.cumsum(characters * powers[: len(characters)])
-    sums = np.concatenate([np.zeros(1, np.uint64), sums])
-    return (sums[RUN:] - sums[:-RUN]) * inverse[: len(sums) - RUN]
+    return np.convolve(characters, _POWERS, "valid")
 
 
-def shared_runs(articles: Sequence[str], rows: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(which rows share a run of RUN characters with an article, which articles with a row).
+def shared_passages(articles: Sequence[str],
+                    rows: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(which rows share a passage with an article, which articles share one with a row).
 
-    Both are boolean arrays. The texts have the form of decode_texts: no blanks, one case. Runs are
-    of characters, so the search needs no blanks between words.
+    Both are boolean arrays. The texts have the form of decode_texts: no blanks, one case. Passages
+    are of characters, so the search needs no blanks between words.
     """
-    longest = max(map(len, [*articles, *rows]), default=0) + 1
-    bases = [_BASE, pow(_BASE, -1, 2**64)]
-    powers, inverse = (np.cumprod(np.array([1] + [base] * longest, np.uint64)) for base in bases)
-    of_rows = [run_hashes(text, powers, inverse) for text in rows]
+    of_rows = [passage_hashes(text) for text in rows]
     known = np.unique(np.concatenate([np.zeros(0, np.uint64), *of_rows]))
-    # A cheap first test of 24 bits of the hash: it rejects nearly all runs of the articles.
+    # A cheap first test of 24 bits of the hash: it rejects nearly all passages of the articles.
     seen = np.zeros(1 << 24, bool)
     seen[known >> np.uint64(40)] = True
     found: set[int] = set()
     articles_hit = np.zeros(len(articles), bool)
     for i, text in enumerate(articles):
-        hashes = run_hashes(text, powers, inverse)
+        hashes = passage_hashes(text)
         hashes = hashes[seen[hashes >> np.uint64(40)]]
         if len(hashes):
             place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
@@ -1952,6 +1945,7 @@ def overlap_scores(table: TokenTable, task_tokens: np.ndarray, vocab_size: int) 
 
     The mean over a text's tokens of log(probability in the task / probability in the table), from
     unigram counts with add-one smoothing (cross-entropy difference of Moore and Lewis, 2010).
+    Special tokens count 0.
     """
     task = np.bincount(task_tokens, minlength=vocab_size) + 1.0
     pool = np.bincount(table.tokens, minlength=vocab_size) + 1.0
@@ -1963,8 +1957,8 @@ def overlap_scores(table: TokenTable, task_tokens: np.ndarray, vocab_size: int) 
 def choose_by_overlap(data: DataFolder, scores: np.ndarray, overlap: str, count: int) -> np.ndarray:
     """Indices of `count` articles of "low", "random" or "high" overlap.
 
-    Each fills all its tokens, so their totals are equal. Each wiki has the same share in every
-    choice. Raises InputError where there are too few.
+    Only articles of exactly max_length tokens are chosen, so every choice has equally many tokens.
+    Each wiki has the same share in every choice. Raises InputError where there are too few.
     """
     candidates = np.flatnonzero(data.articles.lengths == data.max_length)
     if not 0 < count <= len(candidates) // 2:
@@ -1989,7 +1983,8 @@ def choose_by_overlap(data: DataFolder, scores: np.ndarray, overlap: str, count:
 def scramble(table: TokenTable, across_texts: bool) -> TokenTable:
     """A control without language: the same tokens, shuffled within each text or across all texts.
 
-    Each text keeps its length, and the table its token frequencies. [CLS] and [SEP] stay.
+    Each text keeps its length, and the table its token frequencies. Special tokens, [UNK] among
+    them, stay in place.
     """
     tokens = np.array(table.tokens)
     ordinary = np.flatnonzero(tokens >= FIRST_PIECE)
@@ -2004,7 +1999,7 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
     """Make a data folder with a part of another one's articles; tokenizer and tasks are the same.
 
     overlap "low", "random", "high": `count` articles by what they share with the training rows of
-    `task`. clean: the articles that share no run of RUN characters with a test row of `task`.
+    `task`. clean: the articles that share no passage with a test row of `task`.
     scrambled "within", "across": all articles, as `scramble` makes them. Prints a report as JSON.
     """
     data, path = open_folder(source), Path(path)
@@ -2028,7 +2023,7 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
         table, chosen = data.articles, np.arange(len(data.articles))
         report: dict[str, object] = {}
         if task:
-            chosen, report = _choose(data, data.task(task), overlap, clean, count)
+            chosen, report = _choose_and_report(data, data.task(task), overlap, clean, count)
             table = table.subset(chosen)
         if scrambled:
             table = scramble(table, across_texts=scrambled == "across")
@@ -2048,7 +2043,7 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
     return folder
 
 
-def _choose(data: DataFolder, task: Task, overlap: str, clean: bool,
+def _choose_and_report(data: DataFolder, task: Task, overlap: str, clean: bool,
             count: int) -> tuple[np.ndarray, dict[str, object]]:
     """(indices of the chosen articles, what they have in common with the task)."""
     training_texts = [text for text, _ in task.train + task.dev]
@@ -2060,11 +2055,11 @@ def _choose(data: DataFolder, task: Task, overlap: str, clean: bool,
     if overlap:
         chosen = choose_by_overlap(data, scores, overlap, count)
     elif clean:
-        chosen = np.flatnonzero(~shared_runs(articles, test)[1])
+        chosen = np.flatnonzero(~shared_passages(articles, test)[1])
         if not len(chosen):
-            raise InputError(f"{data.path}: each article shares {RUN} characters with a test row "
-                             f"of {task.name}, so none is left")
-    rows_hit, articles_hit = shared_runs([articles[i] for i in chosen], test)
+            raise InputError(f"{data.path}: each article shares {PASSAGE} characters with a test "
+                             f"row of {task.name}, so none is left")
+    rows_hit, articles_hit = shared_passages([articles[i] for i in chosen], test)
     tokens = data.articles.subset(chosen).tokens
     return chosen, {"mean_score": float(scores[chosen].mean()),
                     "coverage": coverage(training, tokens, data.tokenizer.vocab_size),
@@ -2075,8 +2070,9 @@ def _choose(data: DataFolder, task: Task, overlap: str, clean: bool,
 # ---- command line --------------------------------------------------------------------------------
 
 
-def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
+def list_sources() -> None:
     """`data.py`: raw files (there or missing, sizes, licences) and the data folders made so far."""
+    raw_dir = Request.raw_dir
     print(f"raw files in {raw_dir}")
     for file, source in OFFICIAL.items():
         path = raw_dir / file
@@ -2089,14 +2085,14 @@ def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
     print(f"  {state:16}{VITAL_WHEEL:28}     4.9 MB  default articles; CC BY-SA 4.0")
     print(f"{'':18}{VITAL_PACKAGE} (pip)")
     for path in sorted((raw_dir / "wikipedia").glob("*")):
-        if path.suffix == ".lock":
+        if path.suffix in (".lock", ".json", ".md"):
             continue
         size = sum(file.stat().st_size for file in [path, *path.glob("*")]) / 1e6
         print(f"  {'there':16}wikipedia/{path.name}  {size:.1f} MB  CC BY-SA 4.0")
     print("  Wikipedia articles (CC BY-SA 4.0) are fetched by "
           "`data.py prepare NAME --wiki simplewiki`, or any other wiki")
-    print(f"data folders in {folders}")
-    for path in sorted(folders.glob("*/dataset.json")):
+    print("data folders in data")
+    for path in sorted(Path("data").glob("*/dataset.json")):
         try:
             meta = read_metadata(path.parent)
         except InputError as error:
@@ -2111,31 +2107,31 @@ def list_sources(raw_dir: Path, folders: Path = Path("data")) -> None:
 
 
 def add_prepare_flags(parser: Parser) -> None:
-    """The flags are the fields of Request."""
+    """The flags are the fields of Request, which has their defaults, and --fresh."""
     add = parser.add_argument
     add("name", nargs="?", help="of the folder data/NAME (with a slash: a path); default vital")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--articles", nargs="+", default=[], metavar="PATTERN",
+    source.add_argument("--articles", nargs="+", metavar="PATTERN",
                         help="files: .jsonl, .txt, .xml (also .gz, .bz2); patterns in quotes")
-    source.add_argument("--wiki", default="", metavar="NAME",
+    source.add_argument("--wiki", metavar="NAME",
                         help="random articles of this Wikipedia: simplewiki, enwiki, dewiki, ...")
-    add("--count", type=int, default=0, metavar="N",
+    add("--count", type=int, metavar="N",
         help="articles (default: as many as the preset uses; a wiki: 20000)")
-    add("--task", nargs="+", default=[], choices=tuple(TASKS), metavar="TASK",
-        help=f"one or more of {', '.join(TASKS)}")
-    add("--labels", nargs="+", default=[], type=Path, metavar="CSV",
+    add("--task", nargs="+", choices=tuple(TASKS), metavar="TASK",
+        help=f"one or more of {', '.join(TASKS)} (default without any text of yours: topics)")
+    add("--labels", nargs="+", type=Path, metavar="CSV",
         help="your own task, called NAME: a training file, perhaps a test file; label,text")
     add("--tokenizer", type=Path, metavar="FILE",
         help="a trained .model. Without articles: a folder for fine-tuning alone")
     add("--preset", choices=tuple(PREPARE_PRESETS), default="quick",
         help="vocabulary, length of texts, counts (default %(default)s)")
-    add("--vocab-size", type=int, default=0, metavar="N", help="pieces (paper 30522, quick 4000)")
-    add("--max-length", type=int, default=0, metavar="N", help="tokens of a text (128, quick 64)")
+    add("--vocab-size", type=int, metavar="N", help="pieces (paper 30522, quick 4000)")
+    add("--max-length", type=int, metavar="N", help="tokens of a text (paper 128, quick 64)")
     add("--train-per-class", type=int, metavar="N",
         help="training rows of a class (own labels: all)")
     add("--test-per-class", type=int, metavar="N",
         help="test rows of a class (own labels: a fifth)")
-    add("--min-class-size", type=int, default=0, metavar="N", help="drop classes with fewer rows")
+    add("--min-class-size", type=int, metavar="N", help="drop classes with fewer rows")
     add("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text")
     add("--raw-dir", type=Path, default=Path("data/raw"), metavar="DIR",
         help="raw downloads (default %(default)s)")
@@ -2149,7 +2145,7 @@ def add_select_flags(parser: Parser) -> None:
     add("--overlap", choices=("low", "random", "high"), default="",
         help="articles that are least or most like the training rows of --task, or random ones")
     add("--clean", action="store_true",
-        help=f"without articles that share {RUN} characters with a test row of --task")
+        help=f"without articles that share {PASSAGE} characters with a test row of --task")
     add("--scramble", choices=("within", "across"), default="", dest="scrambled",
         help="a control: all articles, tokens shuffled within each text or across texts")
     add("--task", default="", metavar="TASK", help="a task of FROM")
@@ -2158,19 +2154,20 @@ def add_select_flags(parser: Parser) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, usage="python data.py [prepare|select] [flags]")
     commands = parser.add_subparsers(dest="command", metavar="prepare|select",
                                      parser_class=Parser, prog="data.py")
-    add_prepare_flags(commands.add_parser("prepare", help="make a data folder from raw files"))
+    add_prepare_flags(commands.add_parser("prepare", help="make a data folder from raw files",
+                                          argument_default=argparse.SUPPRESS))
     add_select_flags(commands.add_parser("select", help="make one from another one's articles"))
     values = vars(parser.parse_args())
     command, name = values.pop("command"), values.pop("name", None)
     if command is None:
-        list_sources(Path("data/raw"))
+        list_sources()
     elif command == "select":
         select(data_path(values.pop("source")), data_path(name), **values)
     else:
-        fresh = values.pop("fresh")
+        fresh = values.pop("fresh", False)
         request = Request(**values)
         named = request.articles or request.wiki or request.task or request.labels
         if not name and (named or request.tokenizer):

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import UNKNOWN_TEXT, DataFolder, DeviceTable, InputError, Rows, Task, TokenTable
-from data import encode_texts, largest_share, rows_a_class, run_script, setting_differences
+from data import UNKNOWN_WARNING, DataFolder, DeviceTable, InputError, Rows, Task, TokenTable
+from data import encode_texts, rows_a_class, run_script, setting_differences
 from data import text_lines, to_device, unknown_share, write_atomically
 from model import MODELS, POOLINGS, BertConfig, Classifier, Committee, vote
 from pretrain import PRESETS as PRETRAIN_PRESETS
@@ -344,7 +344,8 @@ def yardsticks(tables: TaskTables) -> dict[str, float]:
         regression = logistic_regression(rows, tables.data, classes, decays)[-1]
     else:
         regression = dev[best]
-    return {"largest class": largest_share([label for _, label in tables.test_rows]),
+    largest = tables.test_labels.bincount().max().item() / len(tables.test_labels)
+    return {"largest class": largest,
             "logistic regression": regression}
 
 
@@ -428,7 +429,7 @@ def predict(text: str, predictor: Predictor) -> None:
         record["unknown"] = round(record["unknown"], 4)
         print(json.dumps(record, ensure_ascii=False), flush=True)
         if record["unknown"] > 0.5 and not warned:
-            print(f"warning: {UNKNOWN_TEXT}", file=sys.stderr, flush=True)
+            print(f"warning: {UNKNOWN_WARNING}", file=sys.stderr, flush=True)
             warned = True
 
 

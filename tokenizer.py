@@ -1,8 +1,8 @@
 """tokenizer.py - text <-> token ids: a SentencePiece unigram tokenizer trained on the articles.
 
 First of the six files: data.py builds on it. The paper's authors use the 30,522 word pieces of
-bert-base-uncased. Here the pieces are learnt from the same articles as the model (case-folded,
-Unicode NFKC), so nothing comes from outside.
+bert-base-uncased. Here the pieces are learned from the articles that the model reads, so nothing
+comes from outside. Text is first brought into one form: Unicode NFKC, small letters.
 
     python tokenizer.py --train articles.txt --model my.model --vocab-size 8000
     python tokenizer.py --model my.model --show "Paris is the capital of France."
@@ -32,20 +32,21 @@ PAD, UNK, CLS, SEP, MASK = range(5)  # ids of the special tokens
 FIRST_PIECE = 5  # ordinary pieces begin here
 SPECIAL_PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 # All but [UNK] are control symbols: the string "[MASK]" in a text never becomes id 4.
-SPECIALS: dict[str, Any] = dict(
+SPECIAL_OPTIONS: dict[str, Any] = dict(
     pad_id=PAD, unk_id=UNK, bos_id=CLS, eos_id=SEP, pad_piece="[PAD]", unk_piece="[UNK]",
     bos_piece="[CLS]", eos_piece="[SEP]", control_symbols="[MASK]")
-# num_threads is a constant because it changes the model that is trained.
-TRAINING: dict[str, Any] = dict(
+# num_threads is fixed: with another number, the same texts give slightly other pieces.
+TRAINING_OPTIONS: dict[str, Any] = dict(
     model_type="unigram", normalization_rule_name="nmt_nfkc_cf", character_coverage=0.9995,
     num_threads=4, minloglevel=2, max_sentence_length=1 << 16)
 # Exercise: set model_type="bpe" and run `data.py prepare bpe --task topics`. Compare the pieces of
 # a text: `tokenizer.py --model data/vital/tokenizer.model --show TEXT`, and with data/bpe. Models
 # must be trained again for other pieces: `committee.py --data bpe`.
 MOST_CHARACTERS = 20_000_000  # of training text; SentencePiece needs about 30 bytes for each
-LONGEST_TEXT = 16_000  # characters; SentencePiece drops texts over max_sentence_length bytes
-# Two entities may be marked: "[#Paris#] is the capital of [@France@]". Each mark becomes a special
-# token: [MASK] on both sides of the head entity, [SEP] on both sides of the tail (see model.py).
+LONGEST_TEXT = 16_000  # characters of up to 4 bytes: see max_sentence_length
+# A task may ask how two entities (persons, places, ...) of a text are related. Then they are
+# marked: "[#Paris#] is the capital of [@France@]". Each mark becomes a special token:
+# [MASK] on both sides of the head entity, [SEP] on both sides of the tail (see model.py).
 ENTITIES = re.compile(r"\[#(.+?)#\]|\[@(.+?)@\]", re.DOTALL)
 
 
@@ -54,13 +55,6 @@ class InputError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split("\n")))
-
-
-def in_one_line(error: Exception) -> str:
-    """The message of an InputError, or of an OSError such as "permission denied"."""
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}. Choose another path, or change the permissions"
-    return str(error)
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -76,7 +70,11 @@ def run_script(main: Callable[[], object]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (InputError, OSError) as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            message = (f"{error.filename}: {error.strerror}. Choose another path, or change the "
+                       "permissions")
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command continues an interrupted run", file=sys.stderr)
@@ -122,7 +120,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, page: str | None = None, **more: Any) -> None:
         if "prog" not in more:  # a script, not one of its commands
-            more["usage"] = "python %(prog)s [flags]"
+            more.setdefault("usage", "python %(prog)s [flags]")
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=page, formatter_class=formatter, **more)
 
@@ -137,7 +135,8 @@ class Parser(argparse.ArgumentParser):
         pattern = r"unrecognized arguments: (-[^\s=]*)|invalid choice: '([^']*)'"
         near: list[str] = []
         if wrong := re.search(pattern, message):
-            flags, values = list[str](), list[str]()
+            flags: list[str] = []
+            values: list[str] = []
             for action in self._actions:
                 flags += action.option_strings
                 values += map(str, action.choices or ())
@@ -161,7 +160,7 @@ def training_texts(texts: Iterable[str]) -> Iterator[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train on the texts and return the content of a `.model` file.
 
-    Raises InputError if the texts hold too little for vocab_size pieces, with the largest size.
+    Raises InputError if the texts are too few for vocab_size pieces; it names the largest size.
     """
     if not FIRST_PIECE < vocab_size <= 65_536:
         raise InputError(f"--vocab-size {vocab_size}: must lie between {FIRST_PIECE + 1} and 65536 "
@@ -170,7 +169,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     lines = [line.encode("utf-8", "replace").decode() for line in training_texts(texts)]
     try:
         spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model,
-                                       vocab_size=vocab_size, **SPECIALS, **TRAINING)
+                                       vocab_size=vocab_size, **SPECIAL_OPTIONS,
+                                       **TRAINING_OPTIONS)
     except (RuntimeError, OSError) as error:  # its text names the largest size that fits
         reason = str(error).rpartition("] ")[2] or "is there any text?"
         raise InputError(f"no tokenizer of --vocab-size {vocab_size} could be trained on these "
@@ -271,7 +271,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # As data.py imports it; otherwise there would be two classes InputError
+    # This file runs as __main__, and data.py imports it again as `tokenizer`, with a second class
+    # InputError. So main() is taken from there.
     from tokenizer import main, run_script
 
     run_script(main)

@@ -58,7 +58,7 @@ def read_articles(path: Path) -> list[Article]:
     return list(read_article_file(data.article_files([str(path)])[0]))
 
 
-def sample(parts: data.Parts, train: int = 0, dev: int = 0, test: int = 0, **more: int) -> Task:
+def sample(parts: data.RawTask, train: int = 0, dev: int = 0, test: int = 0, **more: int) -> Task:
     """Draw so many rows of each class."""
     return data.sample_task("own", *parts, train_per_class=train, dev_per_class=dev,
                             test_per_class=test, **more)
@@ -156,7 +156,7 @@ def test_official_layouts(raw: Path) -> None:
     assert rows[0] == ('train content 1 0 about "japan"', 0)
 
 
-def read_with_test(path: Path) -> data.Parts:
+def read_with_test(path: Path) -> data.RawTask:
     test = path.with_name("test.csv")
     test.write_text("label,text\nchina,x\n", encoding="utf-8")
     return read_task_files([path, test])
@@ -217,6 +217,18 @@ def test_a_smaller_count_is_a_prefix_with_the_same_held_out_articles(
     assert not {a.text for a in large} & {a.text for a in held_large}
     with pytest.raises(InputError, match=f"--count 50000: there are {pool} distinct articles"):
         pretraining_articles(replace(request, count=50_000), [], set())
+    everything, held_out_of_all, _ = pretraining_articles(replace(request, count=0), [], set())
+    assert len(everything) + len(held_out_of_all) == pool  # a small wiki is enough, too
+
+
+def test_dev_rows_are_taken_from_the_training_rows_where_there_are_too_few() -> None:
+    rows = [(f"text {i}", i % 2) for i in range(200)]  # 20 of 100 are test rows, 10 dev rows
+    for wanted, found in ((1, 1), (70, 70), (80, 70)):
+        task = sample((["a", "b"], rows, None), train=wanted)
+        assert rows_per_class(task) == [{found}, {10}, {20}]
+        assert Counter(c for _, c in task.rows("test")[0])[0] == wanted  # with the dev rows
+    with pytest.raises(InputError, match="70 of 89 train rows .*lower --train-per-class"):
+        sample((["a", "b"], rows, None), train=99)
 
 
 def test_dev_and_test_texts_are_left_out_of_the_articles(tmp_path: Path) -> None:
@@ -490,7 +502,7 @@ def runs_of(texts: list[str]) -> set[str]:
     return runs
 
 
-def test_shared_runs_are_those_that_a_slow_search_finds() -> None:
+def test_shared_passages_are_those_that_a_slow_search_finds() -> None:
     rng = np.random.default_rng(1)
     letters = list("abcж日本語あ")
     sizes = [*rng.integers(0, 60, 20), *rng.integers(60, 160, 40)]
@@ -498,7 +510,7 @@ def test_shared_runs_are_those_that_a_slow_search_finds() -> None:
     rows = ["".join(rng.choice(letters, size)) for size in (10, 49, 50, 51, 90)]
     rows += [texts[23][:49] + "z", texts[24][:50] + "z", texts[25][:60] + "z", ""]
     texts += ["x" + rows[2] + "y", rows[4][3:53]]
-    rows_hit, texts_hit = data.shared_runs(texts, rows)
+    rows_hit, texts_hit = data.shared_passages(texts, rows)
     assert rows_hit.sum() == 4
     assert rows_hit.tolist() == [bool(runs_of([row]) & runs_of(texts)) for row in rows]
     assert texts_hit.tolist() == [bool(runs_of([text]) & runs_of(rows)) for text in texts]

@@ -23,9 +23,7 @@ from loopback import Loopback
 from tokenizer import run_script, write_atomically
 
 BODY = random.Random(1).randbytes(400_000)
-SHA1 = {"sha1": hashlib.sha1(BODY).hexdigest()}
-SHA256 = {"sha256": hashlib.sha256(BODY).hexdigest()}
-SIZE = {"size": len(BODY)}
+SHA1, SHA256 = hashlib.sha1(BODY).hexdigest(), hashlib.sha256(BODY).hexdigest()
 
 
 @pytest.fixture
@@ -38,9 +36,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
         yield loopback
 
 
-def fetch(server: Loopback, folder: Path, **expected: object) -> bytes:
-    path = download(server.url + "/f.bin", folder / "f.bin", **(expected or SIZE | SHA256))
-    return path.read_bytes()
+def fetch(server: Loopback, folder: Path, size: int = len(BODY), digest: str = SHA256) -> bytes:
+    return download(server.url + "/f.bin", folder / "f.bin", size, digest).read_bytes()
 
 
 def ranges(server: Loopback) -> list[str | None]:
@@ -112,28 +109,25 @@ def test_a_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
 # ---- download ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part, words, expected, requested", [
-    pytest.param(None, [], SIZE | SHA256, [None], id="all is known"),
-    pytest.param(None, [], SHA1, [None], id="hash alone"),
-    pytest.param(None, [], SIZE, [None], id="size alone"),
-    pytest.param(None, [], {"size": None}, [None], id="nothing is known"),
-    pytest.param(None, ["chunked"], SIZE | SHA256, [None], id="no length announced"),
-    pytest.param(None, ["no number"], SIZE | SHA256, [None], id="length is no number"),
-    pytest.param(BODY[:150], [], SIZE | SHA256, ["bytes=150-"], id="part is continued"),
-    pytest.param(b"old", [], SIZE, [None], id="but not where no hash could tell a mixture"),
-    pytest.param(b"old", [], SIZE | SHA256, ["bytes=3-", None], id="part of another version"),
-    pytest.param(BODY, [], SIZE | SHA256, ["bytes=400000-"], id="whole part"),
-    pytest.param(BODY + b"x", [], SIZE | SHA256, ["bytes=400001-", None], id="part too long"),
-    pytest.param(BODY[:9], ["no ranges"], SIZE | SHA256, ["bytes=9-"], id="no ranges"),
+@pytest.mark.parametrize("part, words, digest, requested", [
+    pytest.param(None, [], SHA256, [None], id="sha256"),
+    pytest.param(None, [], SHA1, [None], id="sha1"),
+    pytest.param(None, ["chunked"], SHA256, [None], id="no length announced"),
+    pytest.param(None, ["no number"], SHA256, [None], id="length is no number"),
+    pytest.param(BODY[:150], [], SHA256, ["bytes=150-"], id="part is continued"),
+    pytest.param(b"old", [], SHA256, ["bytes=3-", None], id="part of another version"),
+    pytest.param(BODY, [], SHA256, ["bytes=400000-"], id="whole part"),
+    pytest.param(BODY + b"x", [], SHA256, ["bytes=400001-", None], id="part too long"),
+    pytest.param(BODY[:9], ["no ranges"], SHA256, ["bytes=9-"], id="no ranges"),
     pytest.param(BODY[:9], ["wrong range"], SHA256, ["bytes=9-"] * 2, id="wrong range"),
     *(pytest.param(None, [word, word], SHA256, [None] * 3, id=f"{word} may pass")
       for word in ("500", "502", "503", "504", "429", "refuse"))])
 def test_download(server: Loopback, tmp_path: Path, part: bytes | None, words: list[str],
-                  expected: dict, requested: list[str | None]) -> None:
+                  digest: str, requested: list[str | None]) -> None:
     if part is not None:
         (tmp_path / "f.bin.part").write_bytes(part)
     server.behaviours["/f.bin"] = words
-    assert fetch(server, tmp_path, **expected) == BODY
+    assert fetch(server, tmp_path, digest=digest) == BODY
     assert left_in(tmp_path) == ["f.bin"] and ranges(server) == requested
     assert "tiny-language-models" in server.requests[0].user_agent
     assert server.requests[0].encodings == "identity"
@@ -151,17 +145,16 @@ WRONG = "wrong file .*, now deleted. Try again, or put the right file at .* by h
 
 
 @pytest.mark.parametrize("words, expected, message, most_requests, left", [
-    (["short"] * 20, {"size": None}, "cannot be fetched .* bytes", 6, ["f.bin.part"]),
-    (["503"] * 20, SHA256, "cannot be fetched .status 503", 6, []),
-    (["corrupt"], SIZE | SHA256, WRONG, 1, []),
-    (["corrupt"], SHA1, WRONG, 1, []),
+    (["short"] * 20, {}, "cannot be fetched .* bytes", 6, ["f.bin.part"]),
+    (["503"] * 20, {}, "cannot be fetched .status 503", 6, []),
+    (["corrupt"], {}, WRONG, 1, []),
+    (["corrupt"], {"digest": SHA1}, WRONG, 1, []),
     (["chunked"], {"size": 5}, WRONG, 1, []),
-    (["html"], SHA256, WRONG, 1, []),
-    (["html"], SIZE, "announces 26 bytes instead of 400000, perhaps an error page", 1, []),
-    (["endless"], SIZE, "wrong file .*458752.* instead of .*400000.*deleted", 1, []),
-    (["loop"] * 99, SHA256, "cannot be fetched .Exceeded 30 redirects", 31, []),
-    (["file"], SHA256, "cannot be fetched .No connection adapters", 1, []),
-    *(([status], SHA256, f"f.bin is not served .status {status}", 1, [])
+    (["html"], {}, "announces 26 bytes instead of 400000, perhaps an error page", 1, []),
+    (["endless"], {}, "wrong file .*458752.* instead of .*400000.*deleted", 1, []),
+    (["loop"] * 99, {}, "cannot be fetched .Exceeded 30 redirects", 31, []),
+    (["file"], {}, "cannot be fetched .No connection adapters", 1, []),
+    *(([status], {}, f"f.bin is not served .status {status}", 1, [])
       for status in ("401", "403", "404", "410"))])
 def test_what_cannot_be_fetched_is_one_line_and_no_file(
         server: Loopback, tmp_path: Path, words: list[str], expected: dict, message: str,
@@ -171,7 +164,7 @@ def test_what_cannot_be_fetched_is_one_line_and_no_file(
         fetch(server, tmp_path, **expected)
     assert left_in(tmp_path) == left and len(server.requests) == most_requests
     server.behaviours.clear()
-    assert fetch(server, tmp_path, **(SIZE | SHA256)) == BODY
+    assert fetch(server, tmp_path) == BODY
 
 
 def test_an_error_page_does_not_cost_the_part(server: Loopback, tmp_path: Path) -> None:

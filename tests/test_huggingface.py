@@ -32,7 +32,7 @@ from extras.huggingface import TYPE_TABLE, to_fast_tokenizer, to_hugging_face
 from material import articles, on_cpu, prepared_folder, write_task_file
 from model import Attention, BertConfig, Classifier, ConvStem, MaskedLM
 from test_golden import GOLDEN, SHOWN, golden_batch, golden_model
-from tokenizer import SPECIALS, InputError, Tokenizer, run_script, train_tokenizer
+from tokenizer import SPECIAL_OPTIONS, InputError, Tokenizer, run_script, train_tokenizer
 
 SHAPES = [  # layers, width, heads, vocabulary, positions, lengths of the texts
     (1, 64, 1, 97, 16, (16, 9, 3)),
@@ -623,7 +623,7 @@ def test_other_sentencepiece_models_are_refused(change: dict) -> None:
     """tokenizer.json would not say what they do."""
     model = io.BytesIO()
     texts = (a["text"] for a in articles(200))
-    settings = {"model_type": "unigram", **SPECIALS, **change}
+    settings = {"model_type": "unigram", **SPECIAL_OPTIONS, **change}
     spm.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, vocab_size=150,
                                    minloglevel=2, **settings)
     with pytest.raises(InputError, match="cannot be exported"):

@@ -21,7 +21,7 @@ import data
 import tokenizer as tokenizer_module
 from data import InputError, Request, article_files, article_of, encode_texts, iterate_pages
 from data import opening_text, prepare, read_article_file, read_dump, read_labels, read_task_files
-from data import sample_task, shared_runs, text_lines, unknown_share, whole_texts
+from data import sample_task, shared_passages, text_lines, unknown_share, whole_texts
 from material import articles, small_tokenizer
 from tokenizer import Tokenizer, train_tokenizer
 
@@ -229,11 +229,11 @@ def test_brackets_in_names(tmp_path: Path) -> None:
         article_files([str(folder)])
 
 
-def test_shared_runs_need_no_blanks_between_words() -> None:
+def test_shared_passages_need_no_blanks_between_words() -> None:
     row = "日本の首都は東京であり世界でも有数の大都市。" * 3
     texts = [f"前置き。{row}後書き。", "これはまったく別の文章である。" * 6]
     tokenizer = Tokenizer(train_tokenizer(texts, 40))
-    rows, hits = shared_runs(whole_texts(texts, tokenizer), whole_texts([row], tokenizer))
+    rows, hits = shared_passages(whole_texts(texts, tokenizer), whole_texts([row], tokenizer))
     assert (rows.tolist(), hits.tolist()) == ([True], [True, False])
 
 
