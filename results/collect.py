@@ -12,12 +12,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import DataFolder, open_folder, run_script, write_atomically  # noqa: E402
-from finetune import interval, is_correct, make_tables, yardsticks  # noqa: E402
+from finetune import interval, is_correct, load_logits, make_tables, yardsticks  # noqa: E402
+from model import vote  # noqa: E402
 from pretrain import choose_runtime, read_json  # noqa: E402
+from votes import agreement, calibration_error  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
@@ -60,7 +63,8 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     runs/study ("1", "2", ...), and their differences ("1 minus bert-6", ...).
 
     Intervals are over the test rows, but over seeds for several BERT-6s; a difference is that to
-    their mean.
+    their mean. "agreement": on how many rows two members predict the same class, in %; "calibration
+    error": of a member and of the vote of all (results/votes.py).
     """
     members: dict[str, dict[str, list[Path]]] = {}
     ours = [(name, run) for name, run in finetuned.items()
@@ -81,6 +85,13 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
             record[str(size)] = str(interval([voted]))
             if deep:
                 record[f"{size} minus bert-6"] = str(interval([voted - np.mean(deep, axis=0)]))
+        if len(of_rows["bert-1"]) > 1:
+            logits, labels = zip(*map(load_logits, of_rows["bert-1"]))
+            members = torch.stack(logits)  # (K, rows, classes)
+            errors = [calibration_error(one.softmax(-1), labels[0]) for one in members]
+            of_all = calibration_error(vote(members), labels[0])
+            record["agreement"] = f"{100 * agreement(members.argmax(-1)):.1f}"
+            record["calibration error"] = f"{np.mean(errors):.3f}, {of_all:.3f}"
     return records
 
 

@@ -78,9 +78,10 @@ def draw_minutes(trials: Path, out: Path) -> None:
 
 
 def draw_c1(study: dict, out: Path) -> None:
-    """From scratch -> pre-trained, for each task and model."""
+    """From scratch and pre-trained: each task and model; FewRel against its number of rows."""
     runs, labels = joined(study), []
-    figure, axes = plt.subplots(figsize=(7.5, 3.4), layout="constrained")
+    figure, (axes, right) = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained",
+                                         width_ratios=(3, 2))
     cases = [("fewrel", "mean"), ("fewrel", "entities"), ("agnews", "mean"), ("dbpedia", "mean")]
     for task, pooling in cases:
         name = TASKS[task] + (", marked" if pooling == "entities" else "")
@@ -102,6 +103,31 @@ def draw_c1(study: dict, out: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower left")
+    known_at = {}
+    for name, known in study["yardsticks"].items():
+        task, rows, pooling = name.split(", ")
+        if (task, pooling) == ("fewrel", "mean"):
+            known_at[int(rows.split()[0])] = known["logistic regression"]
+    right.plot(*zip(*sorted(known_at.items())), "k--", label="logistic regression")
+    for model, title, marker in (("bert-6", "BERT-6", "s"), ("bert-1", "BERT-1", "o")):
+        for text, kind, colour in (("study", "pre-trained", "#0072B2"),
+                                   (None, "from scratch", "#D55E00")):
+            points = []
+            for size in sorted(known_at):
+                found = by_seed(runs, "accuracy", task="fewrel", model=model, pooling="mean",
+                                rows_a_class=size, text=text, articles=90_000 if text else None)
+                if found:
+                    values = list(found.values())
+                    points.append((size, np.mean(values), half_width(values)))
+            sizes, means, errors = zip(*points)
+            right.errorbar(sizes, means, errors, color=colour, marker=marker, capsize=3,
+                           linestyle="-" if model == "bert-1" else ":", label=f"{title}, {kind}")
+    right.set(xlabel="FewRel, labelled rows a class (logarithmic)", ylabel="accuracy in %",
+              xscale="log")
+    right.set_xticks(sorted(known_at), map(str, sorted(known_at)), minor=False)
+    right.minorticks_off()
+    right.grid(alpha=0.3)
+    right.legend(fontsize=8)
     save(figure, out)
 
 
