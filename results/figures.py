@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent
@@ -190,6 +191,30 @@ def draw_c3(study: dict, out: Path) -> None:
     save(figure, out)
 
 
+def draw_growth(rows: Sequence[dict], out: Path) -> None:
+    """Speed and memory of quick's models against width, batch size, length and members."""
+    kinds = {"width": "width", "batch_size": "texts in a batch", "length": "tokens in a text",
+             "members": "members of a committee"}
+    figure, panels = plt.subplots(2, 4, figsize=(12, 5.2), layout="constrained")
+    for column, (kind, title) in zip(panels.T, kinds.items()):
+        for model, colour, marker in (("bert-1", "#0072B2", "o"), ("bert-6", "#D55E00", "s")):
+            found = [row for row in rows if row["name"].startswith(f"growth, {model}, {kind}, ")]
+            values = [int(row["name"].split(", ")[-1]) for row in found]
+            for axes, field in zip(column, ("ours", "ours_memory_gb")):
+                numbers = [row[field] for row in found]
+                axes.plot(values, numbers, color=colour, marker=marker, label=model)
+                axes.set(xscale="log", ylim=(0, None), xlabel=title)
+                if found:
+                    axes.set_xticks(values, map(str, values), minor=False)
+                    axes.minorticks_off()
+                axes.grid(alpha=0.3)
+        unit = "ms for one text" if kind == "members" else "training: tokens a second"
+        column[0].set_ylabel(unit)
+        column[1].set_ylabel("memory of the process in GB")
+    panels[0, 0].legend()
+    save(figure, out)
+
+
 def main() -> None:
     pictures, models = RESULTS / "figures", RESULTS / "models"
     pictures.mkdir(exist_ok=True)
@@ -204,6 +229,7 @@ def main() -> None:
     draw_c2(study, pictures / "c2.png")
     draw_c3(study, pictures / "c3.png")
     plot_sizes(RESULTS / "committee-study.json", pictures / "c4.png")
+    draw_growth(load("speed-growth-cpu.json")["rows"], pictures / "growth.png")
 
 
 if __name__ == "__main__":

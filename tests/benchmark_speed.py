@@ -11,6 +11,7 @@ a step.
     python tests/benchmark_speed.py --data speed --rows pre-training
     python tests/benchmark_speed.py --data speed --grow          cost over width, depth, length, ...
     python tests/benchmark_speed.py --data speed --profile       where the time of a step goes
+    python tests/benchmark_speed.py --data speed --ranks         one training on 1, 2, 3 processes
 
 Writes results/speed-*.json.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -126,13 +128,18 @@ def logged_rates(run: Path) -> list[float]:
     return [line["tokens_per_s"] for line in lines if "loss" in line][1:]
 
 
-def our_pretraining(bench: Bench, model: str, preset: str, **changes: int) -> list[float]:
-    """Tokens a second."""
+def our_pretraining(bench: Bench, model: str, preset: str, length: int = 0,
+                    **changes: int) -> list[float]:
+    """Tokens a second. length: of the texts, instead of that of the data folder."""
     is_slow = model in STEMS or preset == "paper"
     steps = bench.steps(4 if is_slow else 60, 200) + 1
     recipe = replace(PRESETS[preset], steps=steps, **changes)
+    data = bench.articles_for(preset)
+    if length:
+        data = replace(data, articles=full_length(data.articles, 4_096, length),
+                       meta={**data.meta, "max_length": length})
     with temporary_runs(bench) as runtime:
-        return logged_rates(pretrain(bench.articles_for(preset), model, recipe, 0, runtime))
+        return logged_rates(pretrain(data, model, recipe, 0, runtime))
 
 
 def our_finetuning(bench: Bench, model: str) -> list[float]:
@@ -150,8 +157,9 @@ def latency(bench: Bench, model: nn.Module, figure: str) -> list[float]:
     return [measure_latency({"it": model}, bench.tables(), bench.runtime)["it"][figure]]
 
 
-def our_prediction(bench: Bench, count: int, model: str, figure: str) -> list[float]:
-    return latency(bench, bench.classifiers(count, model), figure)
+def our_prediction(bench: Bench, count: int, model: str, figure: str,
+                   preset: str = "paper") -> list[float]:
+    return latency(bench, bench.classifiers(count, model, preset), figure)
 
 
 def our_encoding(bench: Bench) -> list[float]:
@@ -277,7 +285,29 @@ def all_rows() -> dict[str, tuple[str, Sides]]:
     return rows
 
 
-ROWS = all_rows()
+def growth_rows() -> dict[str, tuple[str, Sides]]:
+    """Rows of quick's models, one thing changed at a time. They have no reference."""
+    rows: dict[str, tuple[str, Sides]] = {}
+
+    def add(name: str, unit: str, measure: Callable, **arguments: object) -> None:
+        rows[f"growth, {name}"] = unit, {"ours": partial(measure, **arguments)}
+
+    for model in ("bert-1", "bert-6"):
+        pretraining = partial(add, unit="tokens/s", measure=our_pretraining, model=model,
+                              preset="quick")
+        for width in (64, 128, 256, 512):
+            pretraining(f"{model}, width, {width}", width=width, heads=width // 32)
+        for size in (8, 32, 128):
+            pretraining(f"{model}, batch_size, {size}", batch_size=size)
+        for length in (32, 64, 128, 256):
+            pretraining(f"{model}, length, {length}", length=length)
+    for members in (1, 2, 4, 8, 16):
+        add(f"bert-1, members, {members}", "ms", our_prediction, count=members, model="bert-1",
+            figure="median", preset="quick")
+    return rows
+
+
+ROWS = all_rows() | growth_rows()
 
 
 def matrix_product_rate(runtime: Runtime) -> float:
@@ -371,38 +401,36 @@ def measure_table(bench: Bench, flags: list[str], prefixes: tuple[str, ...],
     left_out = STEMS[1:] if bench.quick else []
     rows: list[dict] = []
     for row in ROWS:
-        if row.startswith(prefixes) and row.split(", ")[-1] not in left_out:
+        wanted = row.startswith(prefixes) and row.startswith("growth") == (prefixes == ("growth",))
+        if wanted and row.split(", ")[-1] not in left_out:
             rows.append(measure_row(bench, flags, row, limit))
             keep(rows=rows, limit=limit)
 
 
-# ---- how cost grows, and where the time goes -----------------------------------------------------
+# ---- several processes, and where the time goes --------------------------------------------------
 
 
-def growth(bench: Bench) -> dict[str, dict[int, float]]:
-    """Tokens a second of quick's models, and a committee's speed, one thing changed at a time."""
-    result: dict[str, dict[int, float]] = {}
-
-    def add(name: str, value: int, rates: list[float]) -> None:
-        result.setdefault(name, {})[value] = float(np.median(rates))
-        print(f"{name} {value}: {result[name][value]:.5g}", flush=True)
-
-    for model in ("bert-1", "bert-6"):
-        for width in (64, 128, 256, 512, 768):
-            rates = our_pretraining(bench, model, "quick", width=width, heads=width // 32)
-            add(f"{model}, width", width, rates)
-        for size in (8, 32, 128):
-            rates = our_pretraining(bench, model, "quick", batch_size=size)
-            add(f"{model}, batch_size", size, rates)
-        for length in (32, 64, 128, 256):
-            data = replace(bench.data, articles=full_length(bench.data.articles, 4_096, length),
-                           meta={**bench.data.meta, "max_length": length})
-            rates = our_pretraining(replace(bench, data=data), model, "quick")
-            add(f"{model}, length", length, rates)
-    for members in (1, 2, 4, 8, 16):
-        committee = bench.classifiers(members, "bert-1", "quick")
-        for figure in ("median", "texts_per_s"):
-            add(f"members, {figure}", members, latency(bench, committee, figure))
+def ranks(bench: Bench, counts: tuple[int, ...] = (1, 2, 3), steps: int = 60) -> list[dict]:
+    """quick's BERT-6 under torchrun, a thread for each rank: tokens a second, and the losses."""
+    result: list[dict] = []
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                        f"--nproc_per_node={count}", str(ROOT / "pretrain.py")]
+            flags = ["--data", str(bench.data.path), "--model", "bert-6", "--device", "cpu",
+                     "--name", "ranks", "--set", f"steps={steps}", "--runs-dir", folder]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run([*torchrun, *flags], env=environment, check=True, capture_output=True)
+            log = (Path(folder) / "pretrain/ranks/log.jsonl").read_text(encoding="utf-8")
+            lines = [line for line in map(json.loads, log.splitlines()) if "loss" in line]
+        losses = [line["loss"] for line in lines]
+        first = result[0]["losses"] if result else losses
+        rate = float(np.median([line["tokens_per_s"] for line in lines[1:]]))
+        difference = max(abs(x - y) for x, y in zip(losses, first))
+        result.append({"ranks": count, "tokens_per_s": rate, "losses": losses,
+                       "largest_difference_of_losses": difference})
+        print(f"{count} ranks: {rate:.0f} tokens/s; losses differ from those of {counts[0]} by at "
+              f"most {difference:.2g}", flush=True)
     return result
 
 
@@ -439,6 +467,7 @@ def main() -> None:
     add("--row", nargs=2, metavar=("ROW", "SIDE"), help="one measurement, as a JSON line")
     add("--grow", action="store_true", help="how cost grows, instead of the table")
     add("--profile", action="store_true", help="where a step's time goes, instead of the table")
+    add("--ranks", action="store_true", help="1, 2 and 3 processes, instead of the table")
     add("--device", default="auto", help="auto (default), cpu, cuda")
     add("--out", type=Path, help="default results/speed-cpu.json or speed-NAME-OF-GPU.json there")
     args = parser.parse_args()
@@ -453,7 +482,8 @@ def main() -> None:
         return
     is_gpu = runtime.device.type == "cuda"
     place = re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower() if is_gpu else "cpu"
-    mode = "growth-" if args.grow else "profile-" if args.profile else ""
+    modes = {"growth-": args.grow, "profile-": args.profile, "ranks-": args.ranks}
+    mode = "".join(name for name, is_chosen in modes.items() if is_chosen)
     out = args.out or ROOT / "results" / f"speed-{mode}{place}.json"
 
     def keep(**measured: object) -> None:
@@ -463,14 +493,14 @@ def main() -> None:
         write_json(out, result_record(settings, seconds=seconds, hardware=runtime.in_words,
                                       **measured))
 
-    if args.grow:
-        keep(growth=growth(bench))
+    if args.ranks:
+        keep(ranks=ranks(bench))
     elif args.profile:
         keep(profile=profile(bench))
     else:
         flags = ["--data", args.data, "--task", bench.task, "--device", args.device]
         flags += ["--quick"] if args.quick else []
-        measure_table(bench, flags, tuple(args.rows), keep)
+        measure_table(bench, flags, ("growth",) if args.grow else tuple(args.rows), keep)
     print(f"{out} written; {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
