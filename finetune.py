@@ -124,8 +124,7 @@ def check_finished(folder: Path, what: str) -> None:
 def start_of(checkpoint: Path) -> Start:
     """A finished pre-training run as a start. Raises InputError if its training has not ended."""
     settings = load_settings(checkpoint, "pretrain")
-    is_imported = "recipe" not in settings
-    if not is_imported:
+    if "recipe" in settings:  # an imported model has none
         check_finished(checkpoint, "pre-training")
     return Start(settings["model"], config_of(checkpoint), checkpoint, settings["seed"])
 
