@@ -62,7 +62,7 @@ def plot_losses(runs: Sequence[Path], out: Path) -> None:
                         if "held_out_loss" in line]
             steps, losses = zip(*curve)
         leaves = plateau_end(steps, losses, results["unigram_loss"])
-        where = f"below the baseline from step {leaves}" if leaves else "stays at the baseline"
+        where = f"0.1 below the baseline from step {leaves}" if leaves else "stays at the baseline"
         axes.plot(steps, losses, color=colour, linewidth=1, label=f"{run.resolve().name}: {where}")
         axes.plot(*zip(*held_out), color=colour, linestyle="", marker="o", markersize=5)
         axes.axhline(results["unigram_loss"], color=colour, linestyle="--", linewidth=1)

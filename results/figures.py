@@ -28,7 +28,7 @@ BOXES = [  # of the flow: title, what it is, the script that makes it, colour
     ("text", "openings of\nWikipedia articles", "data.py", "#E8E8E8"),
     ("tokens", "numbers of\nword pieces", "tokenizer.py", "#CFE3F2"),
     ("masked language\nmodel", "guesses the hidden\ntokens of a text", "pretrain.py", "#F7DDB5"),
-    ("classifier", "learns a few\nlabelled texts", "finetune.py", "#CBE8D6"),
+    ("classifier", "learns from a few\nlabelled texts", "finetune.py", "#CBE8D6"),
     ("vote", "the mean of several\nsmall models", "committee.py", "#EBD3E4")]
 
 

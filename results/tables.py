@@ -178,7 +178,7 @@ def table_c4(study: dict) -> str:
         rows.append([f"**{titles[size]} minus BERT-6**",
                      *(found[f"{size} minus bert-6"] for found in votes.values())])
     rows.append(["two BERT-1s agree on, %", *(found["agreement"] for found in votes.values())])
-    rows.append(["calibration error of a BERT-1, of all",
+    rows.append(["calibration error of a BERT-1, of the vote of all",
                  *(found["calibration error"] for found in votes.values())])
     return table_of(["", *head], rows)
 
