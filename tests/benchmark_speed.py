@@ -142,6 +142,7 @@ def our_pretraining(bench: Bench, model: str, preset: str, length: int = 0,
     data = bench.articles_for(preset)
     if length:
         data = replace(data, articles=full_length(data.articles, 4_096, length),
+                       held_out=full_length(data.held_out, 8, length),
                        meta={**data.meta, "max_length": length})
     with temporary_runs(bench) as runtime:
         return logged_rates(pretrain(data, model, recipe, 0, runtime))
@@ -406,8 +407,8 @@ def measure_table(bench: Bench, flags: list[str], prefixes: tuple[str, ...],
     left_out = STEMS[1:] if bench.quick else []
     rows: list[dict] = []
     for row in ROWS:
-        wanted = row.startswith(prefixes) and row.startswith("growth") == (prefixes == ("growth",))
-        if wanted and row.split(", ")[-1] not in left_out:
+        is_wanted = row.startswith(prefixes) and (prefixes != ("",) or not row.startswith("growth"))
+        if is_wanted and row.split(", ")[-1] not in left_out:
             rows.append(measure_row(bench, flags, row, limit))
             keep(rows=rows, limit=limit)
 
