@@ -197,19 +197,22 @@ def draw_growth(rows: Sequence[dict], out: Path) -> None:
              "members": "members of a committee"}
     figure, panels = plt.subplots(2, 4, figsize=(12, 5.2), layout="constrained")
     for column, (kind, title) in zip(panels.T, kinds.items()):
+        ticks: set[int] = set()
         for model, colour, marker in (("bert-1", "#0072B2", "o"), ("bert-6", "#D55E00", "s")):
             found = [row for row in rows if row["name"].startswith(f"growth, {model}, {kind}, ")]
             values = [int(row["name"].split(", ")[-1]) for row in found]
+            ticks.update(values)
             for axes, field in zip(column, ("ours", "ours_memory_gb")):
-                numbers = [row[field] for row in found]
-                axes.plot(values, numbers, color=colour, marker=marker, label=model)
-                axes.set(xscale="log", ylim=(0, None), xlabel=title)
-                if found:
-                    axes.set_xticks(values, map(str, values), minor=False)
-                    axes.minorticks_off()
-                axes.grid(alpha=0.3)
-        unit = "ms for one text" if kind == "members" else "training: tokens a second"
-        column[0].set_ylabel(unit)
+                axes.plot(values, [row[field] for row in found], color=colour, marker=marker,
+                          label=model)
+        for axes in column:
+            axes.set(xscale="log", xlabel=title)
+            axes.set_ylim(bottom=0)
+            axes.set_xticks(sorted(ticks), map(str, sorted(ticks)), minor=False)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        is_latency = kind == "members"
+        column[0].set_ylabel("ms for one text" if is_latency else "training: tokens a second")
         column[1].set_ylabel("memory of the process in GB")
     panels[0, 0].legend()
     save(figure, out)
