@@ -418,7 +418,7 @@ def main() -> None:
     add_task_flags(parser, "vital, made if missing")
     add = parser.add_argument
     add("--members", type=whole_number(1), metavar="K",
-        help="number of members (default: quick 4, paper 6, smoke 2)")
+        help=f"number of members (default: {', '.join(f'{p} {n}' for p, n in MEMBERS.items())})")
     add("--member-model", nargs="+", choices=tuple(MODELS), default=["bert-1"], metavar="M",
         help="the members' models, in turn (default bert-1)")
     add("--deep", choices=(*MODELS, "none"), default="bert-6", metavar="M",

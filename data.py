@@ -89,7 +89,7 @@ def _os_lock(descriptor: int, take: bool) -> None:
 
 @contextmanager
 def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
-    """Hold the operating system's lock on the file `path`, which ends with this process.
+    """Hold an operating system's lock on the file `path`. The lock ends with this process.
 
     If another process holds it: wait, or raise an InputError that names the process, whose number
     is the file's content. The file stays: deleting it would let two processes lock two files.
@@ -1237,6 +1237,7 @@ def _divide(groups: Sequence[Rows], sizes: Counter[int], per_class: dict[str, in
     parts: dict[str, Rows] = {"train": [], "dev": [], "test": []}
     taken: dict[str, Counter[int]] = {part: Counter() for part in parts}
     shares = {"test": 5, "dev": 10} if one_file else {"dev": 10}
+    most = per_class["train"] or sizes.total()
     for group in groups:
         chosen = "train"
         counts = Counter(label for _, label in group)
@@ -1248,7 +1249,6 @@ def _divide(groups: Sequence[Rows], sizes: Counter[int], per_class: dict[str, in
             if room:
                 chosen = part
                 break
-        most = per_class["train"] or sizes.total()
         for text, label in group:
             if chosen != "train" or taken["train"][label] < most:
                 parts[chosen].append((text, label))
@@ -2044,7 +2044,7 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
 
 
 def _choose_and_report(data: DataFolder, task: Task, overlap: str, clean: bool,
-            count: int) -> tuple[np.ndarray, dict[str, object]]:
+                       count: int) -> tuple[np.ndarray, dict[str, object]]:
     """(indices of the chosen articles, what they have in common with the task)."""
     training_texts = [text for text, _ in task.train + task.dev]
     training = encode_texts(training_texts, data.tokenizer, data.max_length).tokens

@@ -37,11 +37,17 @@ from pretrain import tokenizer_of, train, weights_hash, whole_number
 from tokenizer import ENTITIES, FIRST_PIECE, Parser
 
 
+# Training rows of a class; 0: the task's own number
+PER_CLASS = {"paper": 0, "quick": 100, "smoke": 5}
+QUICK_TOPICS = 10  # rows of a class: few, since pre-training is worth most there
+
+
 @dataclass(frozen=True)
 class FinetuneRecipe(Recipe):
     min_steps: int = option(0, "train for at least this many steps")
-    per_class: int = option(0, "training rows of a class (0: quick 100, topics 10; smoke "
-                            "5; paper the task's own number)")
+    per_class: int = option(0, f"training rows of a class (0: quick {PER_CLASS['quick']}, topics "
+                            f"{QUICK_TOPICS}; smoke {PER_CLASS['smoke']}; paper the task's own "
+                            "number)")
     pooling: str = option("cls", "what the classifier reads: cls (first token), mean (of all "
                           "tokens), entities (the two marked ones)", choices=POOLINGS)
 
@@ -56,9 +62,6 @@ PRESETS = {
         warmup=0.1, pooling="mean"),
     "smoke": FinetuneRecipe(epochs=1, batch_size=8, lr=1e-3, clip=1.0),
 }
-# Training rows of a class; 0: the task's own number
-PER_CLASS = {"paper": 0, "quick": 100, "smoke": 5}
-QUICK_TOPICS = 10  # rows of a class: few, since pre-training is worth most there
 
 
 def recipe_for(task: str, recipe: FinetuneRecipe, preset: str) -> FinetuneRecipe:
@@ -344,8 +347,7 @@ def yardsticks(tables: TaskTables) -> dict[str, float]:
     else:
         regression = dev[best]
     largest = tables.test_labels.bincount().max().item() / len(tables.test_labels)
-    return {"largest class": largest,
-            "logistic regression": regression}
+    return {"largest class": largest, "logistic regression": regression}
 
 
 def print_header(tables: TaskTables) -> None:

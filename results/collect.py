@@ -12,15 +12,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import DataFolder, open_folder, run_script, write_atomically  # noqa: E402
-from finetune import interval, is_correct, load_logits, make_tables, yardsticks  # noqa: E402
-from model import vote  # noqa: E402
+from finetune import interval, is_correct, make_tables, yardsticks  # noqa: E402
 from pretrain import choose_runtime, read_json  # noqa: E402
-from votes import agreement, calibration_error  # noqa: E402
+from votes import agreement_and_errors  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
@@ -58,6 +56,11 @@ def yardstick_record(settings: dict, folder: DataFolder) -> dict:
     return {"test_rows": len(tables.test_rows), "classes": len(tables.task.classes), **known}
 
 
+def rows_of(run: dict) -> str:
+    """The name of the labelled rows of a fine-tuning."""
+    return f"{run['task']}, {run['rows_a_class']} rows, {run['pooling']}"
+
+
 def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     """Rows -> the accuracy of the BERT-6 ("bert-6"), of the vote of the first 1, 2, ... BERT-1s of
     runs/study ("1", "2", ...), and their differences ("1 minus bert-6", ...).
@@ -70,9 +73,8 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     ours = [(name, run) for name, run in finetuned.items()
             if (run["checkpoint"] or "").startswith("study/")]
     for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
-        rows = f"{run['task']}, {run['rows_a_class']} rows, {run['pooling']}"
         runs, folder = name.split("/")
-        of_rows = members.setdefault(rows, {"bert-6": [], "bert-1": []})
+        of_rows = members.setdefault(rows_of(run), {"bert-6": [], "bert-1": []})
         of_rows[run["model"]].append(Path("runs") / runs / "finetune" / folder)
     records: dict[str, dict] = {}
     for rows, of_rows in members.items():
@@ -86,12 +88,9 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
             if deep:
                 record[f"{size} minus bert-6"] = str(interval([voted - np.mean(deep, axis=0)]))
         if len(of_rows["bert-1"]) > 1:
-            logits, labels = zip(*map(load_logits, of_rows["bert-1"]))
-            members = torch.stack(logits)  # (K, rows, classes)
-            errors = [calibration_error(one.softmax(-1), labels[0]) for one in members]
-            of_all = calibration_error(vote(members), labels[0])
-            record["agreement"] = f"{100 * agreement(members.argmax(-1)):.1f}"
-            record["calibration error"] = f"{np.mean(errors):.3f}, {of_all:.3f}"
+            agree, of_member, of_vote = agreement_and_errors(of_rows["bert-1"])
+            record["agreement"] = f"{100 * agree:.1f}"
+            record["calibration error"] = f"{of_member:.3f}, {of_vote:.3f}"
     return records
 
 
@@ -117,7 +116,7 @@ def main() -> None:
         elif kind == "finetune":
             record = finetuning_record(results, runs)
             study[kind][f"{runs}/{name}"] = record
-            rows = f"{record['task']}, {record['rows_a_class']} rows, {record['pooling']}"
+            rows = rows_of(record)
             if rows not in study["yardsticks"]:
                 settings = results["settings"]
                 study["yardsticks"][rows] = yardstick_record(settings, folders[settings["data"]])

@@ -15,6 +15,7 @@ sys.path.insert(0, str(RESULTS.parent))
 
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 from extras.plots import plot_accuracies, plot_attention, plot_losses  # noqa: E402
@@ -78,11 +79,9 @@ def draw_minutes(trials: Path, out: Path) -> None:
     save(figure, out)
 
 
-def draw_c1(study: dict, out: Path) -> None:
-    """From scratch and pre-trained: each task and model; FewRel against its number of rows."""
+def plot_tasks(study: dict, axes: Axes) -> None:
+    """From scratch and pre-trained: each task and model, with 20 rows a class."""
     runs, labels = joined(study), []
-    figure, (axes, right) = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained",
-                                         width_ratios=(3, 2))
     cases = [("fewrel", "mean"), ("fewrel", "entities"), ("agnews", "mean"), ("dbpedia", "mean")]
     for task, pooling in cases:
         name = TASKS[task] + (", marked" if pooling == "entities" else "")
@@ -104,12 +103,17 @@ def draw_c1(study: dict, out: Path) -> None:
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower left")
+
+
+def plot_row_counts(study: dict, axes: Axes) -> None:
+    """The same for FewRel, against the number of labelled rows."""
+    runs = joined(study)
     known_at = {}
     for name, known in study["yardsticks"].items():
         task, rows, pooling = name.split(", ")
         if (task, pooling) == ("fewrel", "mean"):
             known_at[int(rows.split()[0])] = known["logistic regression"]
-    right.plot(*zip(*sorted(known_at.items())), "k--", label="logistic regression")
+    axes.plot(*zip(*sorted(known_at.items())), "k--", label="logistic regression")
     for model, title, marker in (("bert-6", "BERT-6", "s"), ("bert-1", "BERT-1", "o")):
         for text, kind, colour in (("study", "pre-trained", "#0072B2"),
                                    (None, "from scratch", "#D55E00")):
@@ -121,14 +125,21 @@ def draw_c1(study: dict, out: Path) -> None:
                     values = list(found.values())
                     points.append((size, np.mean(values), half_width(values)))
             sizes, means, errors = zip(*points)
-            right.errorbar(sizes, means, errors, color=colour, marker=marker, capsize=3,
+            axes.errorbar(sizes, means, errors, color=colour, marker=marker, capsize=3,
                            linestyle="-" if model == "bert-1" else ":", label=f"{title}, {kind}")
-    right.set(xlabel="FewRel, labelled rows a class (logarithmic)", ylabel="accuracy in %",
+    axes.set(xlabel="FewRel, labelled rows a class (logarithmic)", ylabel="accuracy in %",
               xscale="log")
-    right.set_xticks(sorted(known_at), map(str, sorted(known_at)), minor=False)
-    right.minorticks_off()
-    right.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    axes.set_xticks(sorted(known_at), map(str, sorted(known_at)), minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def draw_c1(study: dict, out: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained",
+                                         width_ratios=(3, 2))
+    plot_tasks(study, left)
+    plot_row_counts(study, right)
     save(figure, out)
 
 

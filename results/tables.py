@@ -51,7 +51,7 @@ def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def joined(study: dict) -> list[dict]:
-    """The fine-tunings, each with its pre-training: "text", "articles", "pretrain_steps", "loss".
+    """The fine-tunings, each with its pre-training: "text", "articles", "pretrain_steps".
 
     A model from scratch has no text: None.
     """

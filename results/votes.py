@@ -43,6 +43,16 @@ def agreement(predictions: Sequence[Tensor]) -> float:
     return float(np.mean([float((a == b).double().mean()) for a, b in pairs]))
 
 
+def agreement_and_errors(runs: Sequence[Path]) -> tuple[float, float, float]:
+    """Of fine-tuning runs: agreement (0 for a single one), and the calibration error of a member
+    (the mean) and of their vote."""
+    logits, labels = zip(*map(load_logits, runs))
+    members = torch.stack(logits)  # (K, rows, classes)
+    errors = [calibration_error(one.softmax(-1), labels[0]) for one in members]
+    agree = agreement(members.argmax(-1)) if len(runs) > 1 else 0.0
+    return agree, float(np.mean(errors)), calibration_error(vote(members), labels[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -50,14 +60,11 @@ def main() -> None:
     folder = parser.parse_args().run
     for task, about in read_json(folder / "results.json", "tasks")["tasks"].items():
         runs = [folder.resolve().parent.parent / "finetune" / name for name in about["voters"]]
-        logits, labels = zip(*map(load_logits, runs))
-        members = torch.stack(logits)  # (K, rows, classes)
-        errors = [calibration_error(one.softmax(-1), labels[0]) for one in members]
-        print(f"{task}: expected calibration error: members {np.mean(errors):.3f}, committee "
-              f"{calibration_error(vote(members), labels[0]):.3f}")
+        agree, of_member, of_vote = agreement_and_errors(runs)
+        print(f"{task}: expected calibration error: members {of_member:.3f}, committee "
+              f"{of_vote:.3f}")
         if len(runs) > 1:
-            print(f"{task}: two members agree on {100 * agreement(members.argmax(-1)):.1f} % of "
-                  "the rows")
+            print(f"{task}: two members agree on {100 * agree:.1f} % of the rows")
 
 
 if __name__ == "__main__":
