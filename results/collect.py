@@ -2,7 +2,8 @@
 
     python results/collect.py                    reads data/*, runs/*/pretrain and runs/*/finetune
 
-Unfinished runs are left out, so it can be called while the study is under way.
+Unfinished runs are left out, so it can be called while the study is under way. What the file holds
+of runs that are no longer there stays in it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from pretrain import choose_runtime, read_json  # noqa: E402
 from votes import agreement_and_errors  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
+
+# Committees of members of two widths: model -> how many of it (the first seeds).
+MIXTURES = {"3 of width 128": {"bert-1": 3},
+            "2 of width 128, 1 of width 256": {"bert-1": 2, "bert-1-wide": 1},
+            "1 of width 128, 2 of width 256": {"bert-1": 1, "bert-1-wide": 2}}
 
 
 def pretraining_record(results: dict, folders: dict[str, DataFolder]) -> dict:
@@ -61,6 +67,18 @@ def rows_of(run: dict) -> str:
     return f"{run['task']}, {run['rows_a_class']} rows, {run['pooling']}"
 
 
+def runs_by_rows(finetuned: dict[str, dict]) -> dict[str, dict[str, list[Path]]]:
+    """Rows -> model -> its fine-tuned runs of runs/study, in the order of their seeds."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    ours = [(name, run) for name, run in finetuned.items()
+            if (run["checkpoint"] or "").startswith("study/")]
+    for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
+        runs, folder = name.split("/")
+        of_model = found.setdefault(rows_of(run), {})
+        of_model.setdefault(run["model"], []).append(Path("runs") / runs / "finetune" / folder)
+    return found
+
+
 def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     """Rows -> the accuracy of the BERT-6 ("bert-6"), of the vote of the first 1, 2, ... BERT-1s of
     runs/study ("1", "2", ...), and their differences ("1 minus bert-6", ...).
@@ -69,29 +87,53 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     their mean. "agreement": on how many rows two members predict the same class, in %; "calibration
     error": of a member and of the vote of all (results/votes.py).
     """
-    members: dict[str, dict[str, list[Path]]] = {}
-    ours = [(name, run) for name, run in finetuned.items()
-            if (run["checkpoint"] or "").startswith("study/")]
-    for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
-        runs, folder = name.split("/")
-        of_rows = members.setdefault(rows_of(run), {"bert-6": [], "bert-1": []})
-        of_rows[run["model"]].append(Path("runs") / runs / "finetune" / folder)
     records: dict[str, dict] = {}
-    for rows, of_rows in members.items():
+    for rows, of_model in runs_by_rows(finetuned).items():
         record = records[rows] = {}
-        deep = [is_correct([run]) for run in of_rows["bert-6"]]
+        members = of_model.get("bert-1", [])
+        deep = [is_correct([run]) for run in of_model.get("bert-6", [])]
         if deep:
             record["bert-6"] = str(interval(deep))
-        for size in range(1, len(of_rows["bert-1"]) + 1):
-            voted = is_correct(of_rows["bert-1"][:size])
+        for size in range(1, len(members) + 1):
+            voted = is_correct(members[:size])
             record[str(size)] = str(interval([voted]))
             if deep:
                 record[f"{size} minus bert-6"] = str(interval([voted - np.mean(deep, axis=0)]))
-        if len(of_rows["bert-1"]) > 1:
-            agree, of_member, of_vote = agreement_and_errors(of_rows["bert-1"])
+        if len(members) > 1:
+            agree, of_member, of_vote = agreement_and_errors(members)
             record["agreement"] = f"{100 * agree:.1f}"
             record["calibration error"] = f"{of_member:.3f}, {of_vote:.3f}"
     return records
+
+
+def mixture_record(finetuned: dict[str, dict]) -> dict[str, dict]:
+    """Rows -> committee (as in MIXTURES) -> the accuracy of its vote, and its difference to that of
+    three BERT-1s. Intervals are over the test rows."""
+    records: dict[str, dict] = {}
+    for rows, of_model in runs_by_rows(finetuned).items():
+        for name, counts in MIXTURES.items():
+            members: list[Path] = []
+            for model, count in counts.items():
+                members += of_model.get(model, [])[:count]
+            if len(members) < 3 or len(of_model["bert-1"]) < 3:
+                continue
+            voted = is_correct(members)
+            change = voted - is_correct(of_model["bert-1"][:3])
+            records.setdefault(rows, {})[name] = {"vote": str(interval([voted])),
+                                                  "change": str(interval([change]))}
+    return records
+
+
+def keep_earlier_records(study: dict[str, dict[str, dict]]) -> None:
+    """Add the records of study.json that `study` has not, and its votes of more members."""
+    if not (HERE / "study.json").exists():
+        return
+    earlier = read_json(HERE / "study.json", "votes")
+    for rows, record in earlier["votes"].items():
+        if len(record) > len(study["votes"].get(rows, {})):
+            study["votes"][rows] = record
+    for kind, records in study.items():
+        study[kind] = earlier.get(kind, {}) | records
 
 
 def lines_of(records: dict[str, dict]) -> str:
@@ -121,6 +163,8 @@ def main() -> None:
                 settings = results["settings"]
                 study["yardsticks"][rows] = yardstick_record(settings, folders[settings["data"]])
     study["votes"] = vote_record(study["finetune"])
+    study["mixtures"] = mixture_record(study["finetune"])
+    keep_earlier_records(study)
     machine = {"machine": results["machine"], "versions": results["versions"]}
     parts = [f"{json.dumps(name)}: {lines_of(records)}" for name, records in study.items()]
     text = "{\n" + ",\n".join([f'"measured": {json.dumps(machine)}', *parts]) + "\n}\n"

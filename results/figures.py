@@ -144,32 +144,40 @@ def draw_c1(study: dict, out: Path) -> None:
 
 
 def draw_c2(study: dict, out: Path) -> None:
-    """BERT-1: held-out loss and accuracies against the number of articles."""
-    runs = joined(study)
+    """Held-out loss of both models, and accuracies of the BERT-1, over the number of articles."""
+    runs, pretrainings = joined(study), list(study["pretrain"].values())
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    sizes = sorted({run["articles"] for run in study["pretrain"].values()
-                    if run["text"] == "study"})
-    for title, style, marker in (("equal steps", "-", "o"), ("equal passes", ":", "s")):
+
+    def draw(axes: Axes, found: list[dict[int, float]], sizes: Sequence[int], label: str,
+             colour: str, style: str) -> None:
+        values = [list(of_seed.values()) for of_seed in found]
+        axes.errorbar(sizes, list(map(np.mean, values)), list(map(half_width, values)),
+                      color=colour, linestyle=style, marker="s" if style == ":" else "o",
+                      capsize=3, label=label)
+
+    for model, title, style in (("bert-1", "equal steps", "-"), ("bert-1", "equal passes", ":"),
+                                ("bert-6", "equal steps", "--")):
+        sizes = sorted({run["articles"] for run in pretrainings
+                        if run["text"] == "study" and run["model"] == model})
+        same = [{"text": "study", "articles": size, "model": model} for size in sizes]
         steps = [STEPS if title == "equal steps" else round(STEPS * size / sizes[-1])
                  for size in sizes]
-        losses = [list(by_seed(list(study["pretrain"].values()), "held_out_loss", text="study",
-                               articles=size, steps=n, model="bert-1").values())
-                  for size, n in zip(sizes, steps)]
-        left.errorbar(sizes, list(map(np.mean, losses)), list(map(half_width, losses)),
-                      color="0.2", linestyle=style, marker=marker, capsize=3, label=title)
+        losses = [by_seed(pretrainings, "held_out_loss", **one, steps=n)
+                  for one, n in zip(same, steps)]
+        draw(left, losses, sizes, f"{MODELS[model]}, {title}", "0.2", style)
+        if model == "bert-6":
+            continue
         for task, colour in zip(TASKS, ("#0072B2", "#D55E00", "#009E73")):
-            found = [list(by_seed(runs, "accuracy", text="study", articles=size, task=task,
-                                  model="bert-1", pretrain_steps=n, **ROWS).values())
-                     for size, n in zip(sizes, steps)]
-            right.errorbar(sizes, list(map(np.mean, found)), list(map(half_width, found)),
-                           color=colour, linestyle=style, marker=marker, capsize=3,
-                           label=f"{TASKS[task]}, {title}")
+            found = [by_seed(runs, "accuracy", **one, task=task, pretrain_steps=n, **ROWS)
+                     for one, n in zip(same, steps)]
+            draw(right, found, sizes, f"{TASKS[task]}, {title}", colour, style)
     left.set(ylabel="held-out loss in nats")
-    right.set(ylabel="accuracy in %", ylim=(0, 100))
+    right.set(ylabel="accuracy of a BERT-1 in %", ylim=(0, 100))
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set(xlabel="articles for pre-training (logarithmic)")
-        axes.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
+        ticks = sorted({run["articles"] for run in pretrainings if run["text"] == "study"})
+        axes.set_xticks(ticks, [f"{size:,}" for size in ticks], minor=False)
         axes.grid(alpha=0.3)
     left.legend()
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
@@ -203,14 +211,17 @@ def draw_c3(study: dict, out: Path) -> None:
 
 
 def draw_growth(rows: Sequence[dict], out: Path) -> None:
-    """Speed and memory of quick's models against width, batch size, length and members."""
-    kinds = {"width": "width", "batch_size": "texts in a batch", "length": "tokens in a text",
-             "members": "members of a committee"}
-    figure, panels = plt.subplots(2, 4, figsize=(12, 5.2), layout="constrained")
+    """Speed and memory of quick's models against width, depth, batch size, length and members."""
+    kinds = {"width": "width", "layers": "layers", "batch_size": "texts in a batch",
+             "length": "tokens in a text", "members": "members of a committee"}
+    lines = {"bert-1": ("#0072B2", "o"), "bert-6": ("#D55E00", "s"), "bert": ("#000000", "^")}
+    figure, panels = plt.subplots(2, 5, figsize=(15, 5.2), layout="constrained")
     for column, (kind, title) in zip(panels.T, kinds.items()):
         ticks: set[int] = set()
-        for model, colour, marker in (("bert-1", "#0072B2", "o"), ("bert-6", "#D55E00", "s")):
+        for model, (colour, marker) in lines.items():
             found = [row for row in rows if row["name"].startswith(f"growth, {model}, {kind}, ")]
+            if not found:
+                continue
             values = [int(row["name"].split(", ")[-1]) for row in found]
             ticks.update(values)
             for axes, field in zip(column, ("ours", "ours_memory_gb")):

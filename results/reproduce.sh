@@ -18,6 +18,7 @@ python data.py select study random --overlap random --task fewrel --count 10000
 python data.py select study fewrel-low --overlap low --task fewrel --count 10000
 python data.py select study fewrel-high --overlap high --task fewrel --count 10000
 python data.py select study agnews-low --overlap low --task agnews --count 10000
+python data.py select study clean --clean --task fewrel
 python data.py select study agnews-high --overlap high --task agnews --count 10000
 
 # ---- C1 ----
@@ -38,6 +39,8 @@ for s in 100 101 102; do python pretrain.py --runs-dir runs/40000 --data study -
 for s in 100 101 102; do python pretrain.py --runs-dir runs/5000-short --data study --max-articles 5000 --seed $s --set steps=267 && python finetune.py --runs-dir runs/5000-short --checkpoint runs/5000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/20000-short --data study --max-articles 20000 --seed $s --set steps=1067 && python finetune.py --runs-dir runs/20000-short --checkpoint runs/20000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/40000-short --data study --max-articles 40000 --seed $s --set steps=2133 && python finetune.py --runs-dir runs/40000-short --checkpoint runs/40000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+python pretrain.py --runs-dir runs/5000 --data study --model bert-6 --max-articles 5000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20
+python pretrain.py --runs-dir runs/20000 --data study --model bert-6 --max-articles 20000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20
 
 # ---- C3 ----
 for s in 100 101 102; do python pretrain.py --runs-dir runs/random --data random --seed $s --set steps=2400 && python finetune.py --runs-dir runs/random --checkpoint runs/random/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
@@ -52,6 +55,10 @@ python finetune.py --runs-dir runs/random --task agnews --checkpoint runs/random
 python finetune.py --runs-dir runs/agnews-low --task agnews --checkpoint runs/agnews-low/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
 python finetune.py --runs-dir runs/agnews-high --task agnews --checkpoint runs/agnews-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
 
-# ---- C4: the runs of C1, their votes and their latency ----
+# ---- control: without the articles that share a passage with a test row of FewRel ----
+for s in 100 101 102; do python pretrain.py --runs-dir runs/clean --data clean --seed $s --set steps=4800 && python finetune.py --runs-dir runs/clean --checkpoint runs/clean/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+
+# ---- C4: members of width 256; the runs of C1, their votes and their latency ----
+for s in 100 101; do python pretrain.py --runs-dir runs/study --data study --model bert-1-wide --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-wide-seed$s-* --no-scratch --set per_class=20; done
 python committee.py --runs-dir runs/study --data study --members 6 --set steps=4800 --finetune-set per_class=20
 cp runs/study/committee/*/results.json results/committee-study.json

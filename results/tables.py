@@ -117,25 +117,31 @@ def change_row(title: str, columns: int, more: dict[str, dict[int, float]],
     return [f"**{title}**", *[""] * (columns - 1), *changes]
 
 
+def c2_cells(study: dict, model: str, size: int,
+             steps: int) -> tuple[list[str], dict[str, dict[int, float]]]:
+    """The end of a row of table C2, and its accuracies: task -> seed -> accuracy."""
+    before = {"text": "study", "articles": size, "model": model}
+    losses = by_seed(list(study["pretrain"].values()), "held_out_loss", **before, steps=steps)
+    found = {task: by_seed(joined(study), "accuracy", **before, task=task, **ROWS,
+                           pretrain_steps=steps) for task in TASKS}
+    cells = [f"{size:,}", f"{steps:,}", f"{32 * steps / size:.1f}",
+             f"{np.mean(list(losses.values())):.2f}", str(len(losses)), *task_cells(found)]
+    return cells, found
+
+
 def table_c2(study: dict) -> str:
     """More articles, at equal steps and at equal passes."""
-    runs, rows = joined(study), []
-    sizes = sorted({run["articles"] for run in study["pretrain"].values()
-                    if run["text"] == "study"})
-    for title, steps_of in (("equal steps", lambda _: STEPS),
-                            ("equal passes", lambda size: round(STEPS * size / sizes[-1]))):
-        found: dict[int, dict[str, dict[int, float]]] = {}
+    rows: list[list[str]] = []
+    for model, title in (("bert-1", "equal steps"), ("bert-1", "equal passes"),
+                         ("bert-6", "equal steps")):
+        sizes = sorted({run["articles"] for run in study["pretrain"].values()
+                        if run["text"] == "study" and run["model"] == model})
+        found = {}
         for size in sizes:
-            steps = steps_of(size)
-            before = {"text": "study", "articles": size, "model": "bert-1"}
-            losses = by_seed(list(study["pretrain"].values()), "held_out_loss", **before,
-                             steps=steps)
-            found[size] = {task: by_seed(runs, "accuracy", **before, task=task, **ROWS,
-                                         pretrain_steps=steps) for task in TASKS}
-            rows.append([title, f"{size:,}", f"{steps:,}", f"{32 * steps / size:.1f}",
-                         f"{np.mean(list(losses.values())):.2f}", str(len(losses)),
-                         *task_cells(found[size])])
-        rows.append(change_row(f"{title}: {sizes[-1]:,} minus {sizes[0]:,}", 6, found[sizes[-1]],
+            steps = STEPS if title == "equal steps" else round(STEPS * size / sizes[-1])
+            cells, found[size] = c2_cells(study, model, size, steps)
+            rows.append([f"{MODELS[model]}, {title}", *cells])
+        rows.append(change_row(f"{sizes[-1]:,} minus {sizes[0]:,}", 6, found[sizes[-1]],
                                found[sizes[0]]))
     return table_of(["", "articles", "steps", "passes", "held-out loss", "seeds", *TASKS.values()],
                     rows)
@@ -155,8 +161,9 @@ def table_c3(study: dict) -> str:
                      str(len(losses)), *task_cells(found[text])])
         if text.endswith("high"):
             task = text.removesuffix("-high")
-            rows.append(change_row(f"{task}: high minus low", 4, found[text],
-                                   found[f"{task}-low"]))
+            for other, name in (("low", f"{task}-low"), ("random", "random")):
+                rows.append(change_row(f"{task}: high minus {other}", 4, found[text],
+                                       found[name]))
     return table_of(["articles", "covered, %", "held-out loss", "seeds", *TASKS.values()], rows)
 
 
@@ -181,6 +188,19 @@ def table_c4(study: dict) -> str:
     rows.append(["calibration error of a BERT-1, of the vote of all",
                  *(found["calibration error"] for found in votes.values())])
     return table_of(["", *head], rows)
+
+
+def table_widths(study: dict) -> str:
+    """Votes of three BERT-1s of two widths, and their differences to three of one width."""
+    mixtures = study["mixtures"]
+    rows = []
+    for name in next(iter(mixtures.values())):
+        row = [name]
+        for committees in mixtures.values():
+            vote, change = committees[name]["vote"], committees[name]["change"]
+            row.append(f"{vote.split()[0]}; {change}" if rows else vote)
+        rows.append(row)
+    return table_of(["committee", *(TASKS[key.split(", ")[0]] for key in mixtures)], rows)
 
 
 def insert_tables(text: str) -> str:

@@ -71,7 +71,7 @@ class Bench:
     def steps(self, cpu: int, gpu: int) -> int:
         if self.runtime.device.type == "cuda":
             return gpu
-        return max(1, cpu // 3) if self.quick else cpu
+        return max(3, cpu // 3) if self.quick else cpu
 
     def batch_size(self, model: str) -> int:
         """Texts in a step: a stem takes long on a CPU."""

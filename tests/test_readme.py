@@ -34,9 +34,14 @@ def part(title: str) -> str:
     return README.split(f"\n## {title}", 1)[1].split("\n## ", 1)[0]
 
 
+def count_words(text: str) -> int:
+    """Words and numbers. The bars of tables and other signs that stand alone do not count."""
+    return len(re.findall(r"\S*\w\S*", text))
+
+
 def test_it_can_be_read_in_a_quarter_of_an_hour() -> None:
-    assert len(README.split()) <= 2_500
-    assert len((RESULTS / "README.md").read_text(encoding="utf-8").split()) <= 5_000
+    assert count_words(README) <= 2_500
+    assert count_words((RESULTS / "README.md").read_text(encoding="utf-8")) <= 5_000
 
 
 def test_links_and_pictures_are_there() -> None:
