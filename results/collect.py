@@ -23,10 +23,9 @@ from votes import agreement_and_errors  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 
-# Committees of members of two widths: model -> how many of it (the first seeds).
-MIXTURES = {"3 of width 128": {"bert-1": 3},
-            "2 of width 128, 1 of width 256": {"bert-1": 2, "bert-1-wide": 1},
-            "1 of width 128, 2 of width 256": {"bert-1": 1, "bert-1-wide": 2}}
+# Committees of members of one width and of two: model -> how many of it (the first seeds).
+MIXTURES = {"three of width 128": {"bert-1": 3},
+            "two of width 128, one of 256": {"bert-1": 2, "bert-1-wide": 1}}
 
 
 def pretraining_record(results: dict, folders: dict[str, DataFolder]) -> dict:

@@ -164,7 +164,8 @@ def draw_c2(study: dict, out: Path) -> None:
                  for size in sizes]
         losses = [by_seed(pretrainings, "held_out_loss", **one, steps=n)
                   for one, n in zip(same, steps)]
-        draw(left, losses, sizes, f"{MODELS[model]}, {title}", "0.2", style)
+        draw(left, losses, sizes, f"{MODELS[model]}, {title}",
+             "#D55E00" if model == "bert-6" else "0.2", style)
         if model == "bert-6":
             continue
         for task, colour in zip(TASKS, ("#0072B2", "#D55E00", "#009E73")):

@@ -191,7 +191,7 @@ def table_c4(study: dict) -> str:
 
 
 def table_widths(study: dict) -> str:
-    """Votes of three BERT-1s of two widths, and their differences to three of one width."""
+    """The vote of three BERT-1s, one of them wider, and its difference to three of one width."""
     mixtures = study["mixtures"]
     rows = []
     for name in next(iter(mixtures.values())):
