@@ -56,7 +56,7 @@ python finetune.py --runs-dir runs/agnews-low --task agnews --checkpoint runs/ag
 python finetune.py --runs-dir runs/agnews-high --task agnews --checkpoint runs/agnews-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
 
 # ---- control: without the articles that share a passage with a test row of FewRel ----
-python pretrain.py --runs-dir runs/clean --data clean --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/clean --checkpoint runs/clean/pretrain/bert-1-seed100-* --no-scratch --set per_class=20
+for s in 100 101; do python pretrain.py --runs-dir runs/clean --data clean --seed $s --set steps=4800 && python finetune.py --runs-dir runs/clean --checkpoint runs/clean/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 
 # ---- C4: a member of width 256; the runs of C1, their votes and their latency ----
 python pretrain.py --runs-dir runs/study --data study --model bert-1-wide --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-wide-seed100-* --no-scratch --set per_class=20

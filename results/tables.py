@@ -192,22 +192,23 @@ def table_c4(study: dict) -> str:
 
 def table_widths(study: dict) -> str:
     """The vote of three BERT-1s, one of them wider, and its difference to three of one width."""
-    mixtures = study["mixtures"]
-    rows = []
-    for name in next(iter(mixtures.values())):
-        row = [name]
-        for committees in mixtures.values():
+    of_task = [committees for task in TASKS for rows, committees in study["mixtures"].items()
+               if rows.startswith(task)]
+    lines = []
+    for name in of_task[0]:
+        line = [name]
+        for committees in of_task:
             vote, change = committees[name]["vote"], committees[name]["change"]
-            row.append(f"{vote.split()[0]}; {change}" if rows else vote)
-        rows.append(row)
-    return table_of(["committee", *(TASKS[key.split(", ")[0]] for key in mixtures)], rows)
+            line.append(f"{vote.split()[0]}; {change}" if lines else vote)
+        lines.append(line)
+    return table_of(["committee", *TASKS.values()], lines)
 
 
 def insert_tables(text: str) -> str:
     """The text with each table put after its mark. Raises ValueError if a mark is missing."""
     study = load("study.json")
     tables = {"C1": table_c1(study), "C2": table_c2(study), "C3": table_c3(study),
-              "C4": table_c4(study)}
+              "C4": table_c4(study), "widths": table_widths(study)}
     for name, table in tables.items():
         old = re.compile(rf"(<!-- table {name} -->\n\n)(\|.*\n)*")
         text, count = old.subn(lambda mark, table=table: mark[1] + table + "\n", text)
