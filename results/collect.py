@@ -110,12 +110,12 @@ def mixture_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     three BERT-1s. Intervals are over the test rows."""
     records: dict[str, dict] = {}
     for rows, of_model in runs_by_rows(finetuned).items():
+        if len(of_model.get("bert-1", [])) < 3 or "bert-1-wide" not in of_model:
+            continue
         for name, counts in MIXTURES.items():
             members: list[Path] = []
             for model, count in counts.items():
-                members += of_model.get(model, [])[:count]
-            if len(members) < 3 or len(of_model["bert-1"]) < 3:
-                continue
+                members += of_model[model][:count]
             voted = is_correct(members)
             change = voted - is_correct(of_model["bert-1"][:3])
             records.setdefault(rows, {})[name] = {"vote": str(interval([voted])),
