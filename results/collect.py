@@ -1,13 +1,14 @@
 """The study's runs (results/reproduce.sh) as one small file, results/study.json.
 
     python results/collect.py                    reads data/*, runs/*/pretrain and runs/*/finetune
+    python results/collect.py --add              keeps what the file holds of runs that are gone
 
-Unfinished runs are left out, so it can be called while the study is under way. What the file holds
-of runs that are no longer there stays in it.
+Unfinished runs are left out, so it can be called while the study is under way.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,10 +23,6 @@ from pretrain import choose_runtime, read_json  # noqa: E402
 from votes import agreement_and_errors  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-
-# Committees of members of one width and of two: model -> how many of it (the first seeds).
-MIXTURES = {"three of width 128": {"bert-1": 3},
-            "two of width 128, one of 256": {"bert-1": 2, "bert-1-wide": 1}}
 
 
 def pretraining_record(results: dict, folders: dict[str, DataFolder]) -> dict:
@@ -66,28 +63,24 @@ def rows_of(run: dict) -> str:
     return f"{run['task']}, {run['rows_a_class']} rows, {run['pooling']}"
 
 
-def runs_by_rows(finetuned: dict[str, dict]) -> dict[str, dict[str, list[Path]]]:
-    """Rows -> model -> its fine-tuned runs of runs/study, in the order of their seeds."""
-    found: dict[str, dict[str, list[Path]]] = {}
-    ours = [(name, run) for name, run in finetuned.items()
-            if (run["checkpoint"] or "").startswith("study/")]
-    for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
-        runs, folder = name.split("/")
-        of_model = found.setdefault(rows_of(run), {})
-        of_model.setdefault(run["model"], []).append(Path("runs") / runs / "finetune" / folder)
-    return found
-
-
 def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     """Rows -> the accuracy of the BERT-6 ("bert-6"), of the vote of the first 1, 2, ... BERT-1s of
     runs/study ("1", "2", ...), and their differences ("1 minus bert-6", ...).
 
     Intervals are over the test rows, but over seeds for several BERT-6s; a difference is that to
-    their mean. "agreement": on how many rows two members predict the same class, in %; "calibration
-    error": of a member and of the vote of all (results/votes.py).
+    their mean. "3, one wider": the third member has width 256. "agreement": on how many rows two
+    members predict the same class, in %; "calibration error": of a member and of the vote of all
+    (results/votes.py).
     """
+    runs_of: dict[str, dict[str, list[Path]]] = {}  # rows -> model -> runs
+    ours = [(name, run) for name, run in finetuned.items()
+            if (run["checkpoint"] or "").startswith("study/")]
+    for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
+        runs, folder = name.split("/")
+        of_model = runs_of.setdefault(rows_of(run), {})
+        of_model.setdefault(run["model"], []).append(Path("runs") / runs / "finetune" / folder)
     records: dict[str, dict] = {}
-    for rows, of_model in runs_by_rows(finetuned).items():
+    for rows, of_model in runs_of.items():
         record = records[rows] = {}
         members = of_model.get("bert-1", [])
         deep = [is_correct([run]) for run in of_model.get("bert-6", [])]
@@ -98,6 +91,11 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
             record[str(size)] = str(interval([voted]))
             if deep:
                 record[f"{size} minus bert-6"] = str(interval([voted - np.mean(deep, axis=0)]))
+        if len(members) > 2 and "bert-1-wide" in of_model:
+            mixed = is_correct([*members[:2], of_model["bert-1-wide"][0]])
+            change = mixed - is_correct(members[:3])
+            record["3, one wider"] = str(interval([mixed]))
+            record["3, one wider minus 3"] = str(interval([change]))
         if len(members) > 1:
             agree, of_member, of_vote = agreement_and_errors(members)
             record["agreement"] = f"{100 * agree:.1f}"
@@ -105,34 +103,13 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     return records
 
 
-def mixture_record(finetuned: dict[str, dict]) -> dict[str, dict]:
-    """Rows -> committee (as in MIXTURES) -> the accuracy of its vote, and its difference to that of
-    three BERT-1s. Intervals are over the test rows."""
-    records: dict[str, dict] = {}
-    for rows, of_model in runs_by_rows(finetuned).items():
-        if len(of_model.get("bert-1", [])) < 3 or "bert-1-wide" not in of_model:
-            continue
-        for name, counts in MIXTURES.items():
-            members: list[Path] = []
-            for model, count in counts.items():
-                members += of_model[model][:count]
-            voted = is_correct(members)
-            change = voted - is_correct(of_model["bert-1"][:3])
-            records.setdefault(rows, {})[name] = {"vote": str(interval([voted])),
-                                                  "change": str(interval([change]))}
-    return records
-
-
-def keep_earlier_records(study: dict[str, dict[str, dict]]) -> None:
-    """Add the records of study.json that `study` has not, and its votes of more members."""
-    if not (HERE / "study.json").exists():
-        return
-    earlier = read_json(HERE / "study.json", "votes")
-    for rows, record in earlier["votes"].items():
-        if len(record) > len(study["votes"].get(rows, {})):
-            study["votes"][rows] = record
+def add_earlier(study: dict[str, dict[str, dict]]) -> None:
+    """Add what study.json holds already. Where both have a record, the earlier fields stay."""
+    earlier = read_json(HERE / "study.json", *study)
     for kind, records in study.items():
-        study[kind] = earlier.get(kind, {}) | records
+        before = earlier[kind]
+        merged = {name: record | before.get(name, {}) for name, record in records.items()}
+        study[kind] = before | merged
 
 
 def lines_of(records: dict[str, dict]) -> str:
@@ -142,6 +119,10 @@ def lines_of(records: dict[str, dict]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--add", action="store_true", help="keep what study.json holds already")
+    args = parser.parse_args()
     paths = [path.parent for path in sorted(Path("data").glob("*/dataset.json"))]
     folders = {folder.id: folder for folder in map(open_folder, paths)}
     study: dict[str, dict[str, dict]] = {"texts": {}, "pretrain": {}, "finetune": {},
@@ -162,8 +143,8 @@ def main() -> None:
                 settings = results["settings"]
                 study["yardsticks"][rows] = yardstick_record(settings, folders[settings["data"]])
     study["votes"] = vote_record(study["finetune"])
-    study["mixtures"] = mixture_record(study["finetune"])
-    keep_earlier_records(study)
+    if args.add:
+        add_earlier(study)
     machine = {"machine": results["machine"], "versions": results["versions"]}
     parts = [f"{json.dumps(name)}: {lines_of(records)}" for name, records in study.items()]
     text = "{\n" + ",\n".join([f'"measured": {json.dumps(machine)}', *parts]) + "\n}\n"

@@ -20,7 +20,8 @@ from matplotlib.patches import FancyBboxPatch  # noqa: E402
 
 from extras.plots import plot_accuracies, plot_attention, plot_losses  # noqa: E402
 from extras.plots import plot_sizes, save  # noqa: E402
-from tables import MODELS, ROWS, STEPS, TASKS, by_seed, half_width, joined, load  # noqa: E402
+from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width  # noqa: E402
+from tables import joined, load  # noqa: E402
 
 # What the quick preset shares with the trials that it was chosen from
 QUICK = {"batch_size": 32, "lr": 0.003, "matrix_lr": 0.02, "mask_rate": 0.25}
@@ -126,9 +127,9 @@ def plot_row_counts(study: dict, axes: Axes) -> None:
                     points.append((size, np.mean(values), half_width(values)))
             sizes, means, errors = zip(*points)
             axes.errorbar(sizes, means, errors, color=colour, marker=marker, capsize=3,
-                           linestyle="-" if model == "bert-1" else ":", label=f"{title}, {kind}")
+                          linestyle="-" if model == "bert-1" else ":", label=f"{title}, {kind}")
     axes.set(xlabel="FewRel, labelled rows a class (logarithmic)", ylabel="accuracy in %",
-              xscale="log")
+             xscale="log")
     axes.set_xticks(sorted(known_at), map(str, sorted(known_at)), minor=False)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
@@ -136,6 +137,7 @@ def plot_row_counts(study: dict, axes: Axes) -> None:
 
 
 def draw_c1(study: dict, out: Path) -> None:
+    """What pre-training is worth on each task, and with more labelled rows."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 3.8), layout="constrained",
                                          width_ratios=(3, 2))
     plot_tasks(study, left)
@@ -145,40 +147,29 @@ def draw_c1(study: dict, out: Path) -> None:
 
 def draw_c2(study: dict, out: Path) -> None:
     """Held-out loss of both models, and accuracies of the BERT-1, over the number of articles."""
-    runs, pretrainings = joined(study), list(study["pretrain"].values())
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    lines = c2_lines(study)
+    articles = [size.articles for size in lines["bert-1", "equal steps"]]
 
-    def draw(axes: Axes, found: list[dict[int, float]], sizes: Sequence[int], label: str,
-             colour: str, style: str) -> None:
-        values = [list(of_seed.values()) for of_seed in found]
-        axes.errorbar(sizes, list(map(np.mean, values)), list(map(half_width, values)),
-                      color=colour, linestyle=style, marker="s" if style == ":" else "o",
-                      capsize=3, label=label)
+    def draw(axes: Axes, found: dict[int, dict[int, float]], **look: str) -> None:
+        """found: number of articles -> seed -> value."""
+        values = [list(of_seed.values()) for of_seed in found.values()]
+        axes.errorbar(list(found), list(map(np.mean, values)), list(map(half_width, values)),
+                      capsize=3, **look)
 
-    for model, title, style in (("bert-1", "equal steps", "-"), ("bert-1", "equal passes", ":"),
-                                ("bert-6", "equal steps", "--")):
-        sizes = sorted({run["articles"] for run in pretrainings
-                        if run["text"] == "study" and run["model"] == model})
-        same = [{"text": "study", "articles": size, "model": model} for size in sizes]
-        steps = [STEPS if title == "equal steps" else round(STEPS * size / sizes[-1])
-                 for size in sizes]
-        losses = [by_seed(pretrainings, "held_out_loss", **one, steps=n)
-                  for one, n in zip(same, steps)]
-        draw(left, losses, sizes, f"{MODELS[model]}, {title}",
-             "#D55E00" if model == "bert-6" else "0.2", style)
-        if model == "bert-6":
-            continue
-        for task, colour in zip(TASKS, ("#0072B2", "#D55E00", "#009E73")):
-            found = [by_seed(runs, "accuracy", **one, task=task, pretrain_steps=n, **ROWS)
-                     for one, n in zip(same, steps)]
-            draw(right, found, sizes, f"{TASKS[task]}, {title}", colour, style)
+    for ((model, title), sizes), style in zip(lines.items(), ("-o", ":s", "--o")):
+        draw(left, {size.articles: size.losses for size in sizes}, fmt=style,
+             label=f"{MODELS[model]}, {title}", color="#D55E00" if model == "bert-6" else "0.2")
+        if model == "bert-1":
+            for task, colour in zip(TASKS, ("#0072B2", "#D55E00", "#009E73")):
+                draw(right, {size.articles: size.accuracies[task] for size in sizes}, fmt=style,
+                     label=f"{TASKS[task]}, {title}", color=colour)
     left.set(ylabel="held-out loss in nats")
     right.set(ylabel="accuracy of a BERT-1 in %", ylim=(0, 100))
     for axes in (left, right):
         axes.set_xscale("log")
         axes.set(xlabel="articles for pre-training (logarithmic)")
-        ticks = sorted({run["articles"] for run in pretrainings if run["text"] == "study"})
-        axes.set_xticks(ticks, [f"{size:,}" for size in ticks], minor=False)
+        axes.set_xticks(articles, [f"{size:,}" for size in articles], minor=False)
         axes.grid(alpha=0.3)
     left.legend()
     figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize=8)

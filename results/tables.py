@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -117,32 +118,46 @@ def change_row(title: str, columns: int, more: dict[str, dict[int, float]],
     return [f"**{title}**", *[""] * (columns - 1), *changes]
 
 
-def c2_cells(study: dict, model: str, size: int,
-             steps: int) -> tuple[list[str], dict[str, dict[int, float]]]:
-    """The end of a row of table C2, and its accuracies: task -> seed -> accuracy."""
-    before = {"text": "study", "articles": size, "model": model}
-    losses = by_seed(list(study["pretrain"].values()), "held_out_loss", **before, steps=steps)
-    found = {task: by_seed(joined(study), "accuracy", **before, task=task, **ROWS,
-                           pretrain_steps=steps) for task in TASKS}
-    cells = [f"{size:,}", f"{steps:,}", f"{32 * steps / size:.1f}",
-             f"{np.mean(list(losses.values())):.2f}", str(len(losses)), *task_cells(found)]
-    return cells, found
+class Size(NamedTuple):
+    """The runs of one model on one number of articles. Losses and accuracies are by seed."""
+
+    articles: int
+    steps: int
+    losses: dict[int, float]
+    accuracies: dict[str, dict[int, float]]  # of each task
+
+
+def c2_lines(study: dict) -> dict[tuple[str, str], list[Size]]:
+    """(model, "equal steps" or "equal passes") -> its numbers of articles, the fewest first."""
+    runs, pretrainings = joined(study), list(study["pretrain"].values())
+    lines: dict[tuple[str, str], list[Size]] = {}
+    for model, title in (("bert-1", "equal steps"), ("bert-1", "equal passes"),
+                         ("bert-6", "equal steps")):
+        sizes = sorted({run["articles"] for run in pretrainings
+                        if run["text"] == "study" and run["model"] == model})
+        line = lines[model, title] = []
+        for size in sizes:
+            steps = STEPS if title == "equal steps" else round(STEPS * size / sizes[-1])
+            before = {"text": "study", "articles": size, "model": model}
+            losses = by_seed(pretrainings, "held_out_loss", **before, steps=steps)
+            accuracies = {task: by_seed(runs, "accuracy", **before, task=task, **ROWS,
+                                        pretrain_steps=steps) for task in TASKS}
+            line.append(Size(size, steps, losses, accuracies))
+    return lines
 
 
 def table_c2(study: dict) -> str:
     """More articles, at equal steps and at equal passes."""
     rows: list[list[str]] = []
-    for model, title in (("bert-1", "equal steps"), ("bert-1", "equal passes"),
-                         ("bert-6", "equal steps")):
-        sizes = sorted({run["articles"] for run in study["pretrain"].values()
-                        if run["text"] == "study" and run["model"] == model})
-        found = {}
+    for (model, title), sizes in c2_lines(study).items():
         for size in sizes:
-            steps = STEPS if title == "equal steps" else round(STEPS * size / sizes[-1])
-            cells, found[size] = c2_cells(study, model, size, steps)
-            rows.append([f"{MODELS[model]}, {title}", *cells])
-        rows.append(change_row(f"{sizes[-1]:,} minus {sizes[0]:,}", 6, found[sizes[-1]],
-                               found[sizes[0]]))
+            rows.append([f"{MODELS[model]}, {title}", f"{size.articles:,}", f"{size.steps:,}",
+                         f"{32 * size.steps / size.articles:.1f}",
+                         f"{np.mean(list(size.losses.values())):.2f}", str(len(size.losses)),
+                         *task_cells(size.accuracies)])
+        least, most = sizes[0], sizes[-1]
+        rows.append(change_row(f"{most.articles:,} minus {least.articles:,}", 6, most.accuracies,
+                               least.accuracies))
     return table_of(["", "articles", "steps", "passes", "held-out loss", "seeds", *TASKS.values()],
                     rows)
 
@@ -184,31 +199,20 @@ def table_c4(study: dict) -> str:
     for size in sizes[2::3]:  # 3 and 6
         rows.append([f"**{titles[size]} minus BERT-6**",
                      *(found[f"{size} minus bert-6"] for found in votes.values())])
+    for key, title in (("3, one wider", "3 BERT-1s, one of width 256"),
+                       ("3, one wider minus 3", "**the same minus 3 of width 128**")):
+        rows.append([title, *(found.get(key, "") for found in votes.values())])
     rows.append(["two BERT-1s agree on, %", *(found["agreement"] for found in votes.values())])
     rows.append(["calibration error of a BERT-1, of the vote of all",
                  *(found["calibration error"] for found in votes.values())])
     return table_of(["", *head], rows)
 
 
-def table_widths(study: dict) -> str:
-    """The vote of three BERT-1s, one of them wider, and its difference to three of one width."""
-    of_task = [committees for task in TASKS for rows, committees in study["mixtures"].items()
-               if rows.startswith(task)]
-    lines = []
-    for name in of_task[0]:
-        line = [name]
-        for committees in of_task:
-            vote, change = committees[name]["vote"], committees[name]["change"]
-            line.append(f"{vote.split()[0]}; {change}" if lines else vote)
-        lines.append(line)
-    return table_of(["committee", *TASKS.values()], lines)
-
-
 def insert_tables(text: str) -> str:
     """The text with each table put after its mark. Raises ValueError if a mark is missing."""
     study = load("study.json")
     tables = {"C1": table_c1(study), "C2": table_c2(study), "C3": table_c3(study),
-              "C4": table_c4(study), "widths": table_widths(study)}
+              "C4": table_c4(study)}
     for name, table in tables.items():
         old = re.compile(rf"(<!-- table {name} -->\n\n)(\|.*\n)*")
         text, count = old.subn(lambda mark, table=table: mark[1] + table + "\n", text)
