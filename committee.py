@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import DataFolder, InputError, open_folder, run_script
+from data import DataFolder, open_folder
 from finetune import PRESETS as FINETUNE_PRESETS
 from finetune import FinetuneRecipe, Interval, Predictor, Start, TaskTables, add_task_flags
 from finetune import check_entities, chosen_tasks, finetune, gap, interval, is_correct
@@ -39,9 +39,10 @@ from finetune import yardsticks
 from model import MODELS, Committee, count_parameters
 from pretrain import PRESETS as PRETRAIN_PRESETS
 from pretrain import PretrainRecipe, Runtime, add_run_flags, choose_runtime, chosen_recipe
-from pretrain import fields_help, fill_mask, load_masked_lm, open_data, pretrain, read_json
-from pretrain import result_record, settings_hash, stop_signals, whole_number, write_json
-from tokenizer import UNK, Parser
+from pretrain import fields_help, fill_mask, keep_freed_memory, load_masked_lm, open_data
+from pretrain import pretrain, read_json, result_record, settings_hash, stop_signals
+from pretrain import whole_number, write_json
+from tokenizer import UNK, InputError, Parser, run_script
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee
 MEMBER_SEED = 100  # the members' seeds begin here, so that none is a deep model's
@@ -131,6 +132,7 @@ def train_in_process(model: Model, job: Job, threads: int) -> None:
     """What a process of train_in_parallel does."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    keep_freed_memory()  # choose_runtime did so in the parent alone
 
     def train() -> None:
         data = open_folder(job.data)
@@ -143,7 +145,7 @@ def end_with_parent() -> None:
     """Wait until the parent process is gone, perhaps killed; then end as SIGTERM does."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
+    parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -216,7 +218,7 @@ def table_rows(trained: Sequence[Trained], job: Job) -> dict[str, dict[str, list
 def report_task(tables: TaskTables, trained: Sequence[Trained], job: Job) -> dict:
     """Print a task's table and what it means; returns its part of results.json."""
     print_header(tables)
-    print("accuracy in %, with 95 % intervals: over seeds or members, or over test rows (one seed)")
+    print("accuracy in %, with 95 % intervals: over seeds or members, or over rows (one seed)")
     print(f"{'model':30}{'pre-trained':>22}{'from scratch':>22}{'gap':>22}")
     known = yardsticks(tables)
     for name, accuracy in known.items():
@@ -227,13 +229,13 @@ def report_task(tables: TaskTables, trained: Sequence[Trained], job: Job) -> dic
     for label, pairs in rows.items():
         intervals = {kind: interval(pairs[kind], "seeds or members") for kind in KINDS}
         intervals["gap"] = gaps[label] = gap(pairs, "seeds or members")
-        print(f"{label:30}" + "".join(f"{found!s:>22}" for found in intervals.values()))
-        record[label] = {kind: asdict(found) for kind, found in intervals.items()}
+        print(f"{label:30}" + "".join(f"{one!s:>22}" for one in intervals.values()))
+        record[label] = {kind: asdict(one) for kind, one in intervals.items()}
         record[label]["accuracies"] = {kind: [float(x.mean()) for x in pairs[kind]]
                                        for kind in KINDS}
-    for label, found in gaps.items():
+    for label, difference in gaps.items():
         if not label.startswith("committee"):
-            print(found.sentence(f"{label}: pre-training gives"))
+            print(difference.sentence(f"{label}: pre-training gives"))
     result = {"yardsticks": known, "table": record}
     if job.deep != "none":
         committee = list(rows.values())[-1]["pre-trained"]  # the last row has all members
@@ -321,9 +323,9 @@ def report_latency(trained: Sequence[Trained], tables: TaskTables,
 def held_out_sentences(data: DataFolder, count: int = 3) -> list[tuple[str, str]]:
     """(the beginning of a held-out article with [MASK] for one word, the word), `count` times."""
     pieces = data.tokenizer.pieces
-    found: list[tuple[str, str]] = []
+    sentences: list[tuple[str, str]] = []
     for start, end in zip(data.held_out.offsets, data.held_out.offsets[1:]):
-        if len(found) == count:
+        if len(sentences) == count:
             break
         ids = data.held_out.tokens[start + 1 : end - 1][:24].tolist()
         names = [pieces.id_to_piece(i) for i in ids]
@@ -334,8 +336,8 @@ def held_out_sentences(data: DataFolder, count: int = 3) -> list[tuple[str, str]
         if words and UNK not in ids:
             k = words[len(words) // 2]
             text = f"{pieces.decode(ids[:k])} [MASK] {pieces.decode(ids[k + 1 :])}"
-            found.append((text, names[k].removeprefix("▁")))
-    return found
+            sentences.append((text, names[k].removeprefix("▁")))
+    return sentences
 
 
 def report_language(trained: Sequence[Trained], data: DataFolder) -> list[dict]:
@@ -437,7 +439,7 @@ def main() -> None:
     if args.predict is not None:
         if not args.run:
             raise InputError("--predict: name a finished committee, a folder in runs/committee")
-        predict(args.predict, load_committee(args.run, "".join(args.task[:1]), runtime))
+        predict(args.predict, load_committee(args.run, args.task[0] if args.task else "", runtime))
         return
     if args.run:
         raise InputError(f"{args.run}: a committee's folder is named with --predict")

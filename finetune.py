@@ -25,16 +25,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import UNKNOWN_WARNING, DataFolder, DeviceTable, InputError, Rows, Task, TokenTable
-from data import encode_texts, rows_a_class, run_script, setting_differences
-from data import text_lines, to_device, unknown_share, write_atomically
+from data import UNKNOWN_WARNING, DataFolder, DeviceTable, Rows, Task, TokenTable, encode_texts
+from data import rows_a_class, setting_differences, text_lines, to_device, unknown_share
 from model import MODELS, POOLINGS, BertConfig, Classifier, Committee, vote
 from pretrain import PRESETS as PRETRAIN_PRESETS
 from pretrain import Batches, Recipe, Run, Runtime, add_run_flags, base_config, choose_runtime
 from pretrain import chosen_recipe, config_of, damage_named, data_of, fields_help, load_checkpoint
 from pretrain import load_settings, load_weights, open_data, option, read_json, settings_hash
 from pretrain import tokenizer_of, train, weights_hash, whole_number
-from tokenizer import ENTITIES, FIRST_PIECE, Parser
+from tokenizer import ENTITIES, FIRST_PIECE, InputError, Parser, run_script, write_atomically
 
 
 # Training rows of a class; 0: the task's own number
@@ -165,12 +164,11 @@ def finetune(tables: TaskTables, start: Start, recipe: FinetuneRecipe, seed: int
         model.to(runtime.device)
         batches = Batches(tables.train.lengths, recipe, seed, like_length=True)
 
-        def loss_of(texts: np.ndarray) -> tuple[Tensor, Tensor]:
+        def loss_of(texts: np.ndarray) -> tuple[Tensor, int]:
             labels = tables.train_labels[to_device(texts, runtime.device)]
             with runtime.autocast():
                 logits = model(tables.train.batch(texts))
-            loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-            return loss, torch.tensor(len(texts), device=runtime.device)
+            return F.cross_entropy(logits.float(), labels, reduction="sum"), len(texts)
 
         figures = train(run, model, recipe, batches, loss_of)
         logits = predict_logits(runtime.for_inference(model), tables.test, runtime)
@@ -266,7 +264,7 @@ def interval(values: Sequence[np.ndarray], what: str = "seeds") -> Interval:
     rng, rows = np.random.default_rng(0), len(values[0])
     samples = [100 * values[0][rng.integers(0, rows, rows)].mean() for _ in range(2_000)]
     low, high = np.percentile(samples, [2.5, 97.5])
-    return Interval(means[0], low, high, "95 % bootstrap interval over test rows, one seed")
+    return Interval(means[0], low, high, "95 % bootstrap interval over the scored rows, one seed")
 
 
 def gap(correct: dict[str, list[np.ndarray]], what: str) -> Interval:
@@ -356,7 +354,7 @@ def print_header(tables: TaskTables) -> None:
           f"a class, {len(tables.test_rows)} {tables.split} rows")
 
 
-def print_confusion(folder: Path, tables: TaskTables, top: int = 5) -> None:
+def print_confusion(folder: Path, tables: TaskTables) -> None:
     """Print the classes that a run mixes up most often, with two texts of each pair."""
     logits, labels = load_logits(folder)
     predicted = logits.argmax(-1)
@@ -364,16 +362,17 @@ def print_confusion(folder: Path, tables: TaskTables, top: int = 5) -> None:
     counts = torch.bincount(labels * K + predicted, minlength=K * K).view(K, K)
     counts.fill_diagonal_(0)
     print(f"most confused by {folder.name}:")
-    for cell in counts.flatten().argsort(descending=True, stable=True)[:top].tolist():
+    for cell in counts.flatten().argsort(descending=True, stable=True)[:5].tolist():
         label, other = divmod(cell, K)
         count = int(counts[label, other])
-        if count:
-            total = int((labels == label).sum())
-            print(f"  {classes[label]} taken for {classes[other]}: {count} of {total} "
-                  f"{tables.split} rows")
-            rows = ((labels == label) & (predicted == other)).nonzero().flatten()
-            for row in rows[:2].tolist():
-                print(f"      {' '.join(tables.test_rows[row][0].split())[:100]}")
+        if count == 0:
+            break  # the rest was never mixed up
+        total = int((labels == label).sum())
+        print(f"  {classes[label]} taken for {classes[other]}: {count} of {total} "
+              f"{tables.split} rows")
+        rows = ((labels == label) & (predicted == other)).nonzero().flatten()
+        for row in rows[:2].tolist():
+            print(f"      {' '.join(tables.test_rows[row][0].split())[:100]}")
 
 
 # ---- prediction ----------------------------------------------------------------------------------
@@ -383,7 +382,7 @@ def load_classifier(folder: Path) -> Classifier:
     """The classifier of a finished run, on the CPU. Raises InputError if it is not finished."""
     settings = load_settings(folder, "finetune")
     check_finished(folder, "training")
-    model = Classifier(config_of(folder, "finetune"), len(settings["classes"]))
+    model = Classifier(config_of(folder), len(settings["classes"]))
     load_weights(model, load_checkpoint(folder)["model"], folder)
     return model.eval()
 
@@ -396,7 +395,7 @@ class Predictor:
         self.classes = settings["classes"]
         self.max_length = settings["config"]["max_length"]
         self.pooling = settings["config"]["pooling"]
-        self.tokenizer = tokenizer_of(folders[0], "finetune")
+        self.tokenizer = tokenizer_of(folders[0])
         self.runtime = runtime
         committee = Committee([load_classifier(folder) for folder in folders])
         self.model = runtime.for_inference(committee)
@@ -489,12 +488,12 @@ def finetune_task(tables: TaskTables, starts: Sequence[Start], recipe: FinetuneR
             runs.append([finetune(tables, chosen, recipe, 1_000 * n + start.seed, runtime)
                          for n in range(seeds)])
         correct[kind] = over_starts(runs)
-        found = interval(correct[kind], over)
+        measured = interval(correct[kind], over)
         losses = [read_json(folder / "results.json", "train_loss")["train_loss"]
                   for folders in runs for folder in folders]
         label = f"{starts[0].model} {kind}"
-        print(f"  {label:36}{found.mean:6.1f} %, {found.low:.1f} to {found.high:.1f} "
-              f"({found.over}); training loss at the end {np.mean(losses):.3f}; {runs[-1][-1]}")
+        print(f"  {label:36}{measured.mean:6.1f} %, {measured.low:.1f} to {measured.high:.1f} "
+              f"({measured.over}); training loss at the end {np.mean(losses):.3f}; {runs[-1][-1]}")
     if confusion:
         print_confusion(runs[0][0], tables)  # of the pre-trained model, if there is one
     if len(correct) == 2:
@@ -507,7 +506,7 @@ def chosen_tasks(names: Sequence[str], data: DataFolder) -> list[str]:
     if not data.meta["tasks"]:
         raise InputError(f"{data.path}: has no task. Make a folder with data.py prepare --task or "
                          "--labels")
-    return [data.task(name).name for name in names or data.meta["tasks"]]
+    return [data.task(name).name for name in dict.fromkeys(names or data.meta["tasks"])]
 
 
 def add_task_flags(parser: Parser, default_data: str) -> None:

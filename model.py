@@ -96,7 +96,7 @@ def named_config(name: str, width: int = 768, heads: int = 12, **settings) -> Be
         raise ValueError(f"width {width} is not a multiple of 64")
     if width % heads:
         raise ValueError(f"width {width} is not a multiple of {heads} heads")
-    own_width = max(64, round(width * relative_width / 64) * 64)
+    own_width = round(width * relative_width / 64) * 64
     own_heads = max(1, own_width // (width // heads))
     return BertConfig(layers=layers, width=own_width, heads=own_heads, conv_channels=channels,
                       conv_kernels=kernels, **settings)
@@ -475,17 +475,15 @@ def print_stages(model: MaskedLM, input_ids: Tensor, positions: Tensor) -> None:
     print(f"{'stage':32}{'module':12}{'shape':18}parameters")
     print(f"{'input_ids':32}{'':12}{tuple(input_ids.shape)}")
 
-    def report(name: str) -> Callable[[nn.Module, tuple, Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            count = count_parameters(module)
-            print(f"{name:32}{type(module).__name__:12}{str(tuple(output.shape)):18}{count:,}")
-        return hook
+    names = {module: name for name, module in model.named_modules() if name}
 
-    handles = [part.register_forward_hook(report(name))
-               for name, part in model.named_modules() if name]
+    def report(module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        print(f"{names[module]:32}{type(module).__name__:12}{str(tuple(output.shape)):18}"
+              f"{count_parameters(module):,}")
+
+    for module in names:
+        module.register_forward_hook(report)
     logits = model(input_ids, positions)
-    for handle in handles:
-        handle.remove()
     print(f"{'logits':32}{'':12}{str(tuple(logits.shape)):18}{model.bias.numel():,} "
           "(a bias; the weights are bert.token's)")
     print(f"{count_parameters(model):,} parameters in all")

@@ -50,12 +50,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataFolder, DeviceTable, InputError, Request, TokenTable, batch_order
-from data import data_path, default_name, file_lock, full_disk_named, open_folder, prepare
-from data import run_script, setting_differences, write_atomically
+from data import DataFolder, DeviceTable, Request, TokenTable, batch_order, data_path
+from data import default_name, file_lock, open_folder, prepare, setting_differences
 from model import MODELS, NORMS, BertConfig, MaskedLM, StackedLinear, count_parameters
 from model import named_config
-from tokenizer import CLS, FIRST_PIECE, MASK, SEP, Parser, Tokenizer
+from tokenizer import CLS, FIRST_PIECE, MASK, SEP, InputError, Parser, Tokenizer
+from tokenizer import full_disk_named, run_script, write_atomically
 
 EVALUATION_MASK_RATE = 0.15  # always, so that losses can be compared
 SAVE_SECONDS = 60.0  # between two checkpoints
@@ -248,7 +248,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype  # of the matrix products in orthogonalise
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for p in group["params"]:
@@ -285,7 +285,7 @@ def orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
 
 def make_optimizers(model: nn.Module, recipe: Recipe,
                     dtype: torch.dtype = torch.float32) -> list[torch.optim.Optimizer]:
-    """AdamW for everything; or Muon for the matrices in the layers and AdamW for the rest."""
+    """[AdamW] for everything; or [AdamW, Muon], with Muon for the matrices in the layers."""
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in model.named_parameters():
@@ -335,7 +335,7 @@ class Batches:
 
 
 def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
-          loss_of: Callable[[np.ndarray], tuple[Tensor, Tensor]],
+          loss_of: Callable[[np.ndarray], tuple[Tensor, Tensor | int]],
           evaluate: Callable[[], dict[str, float]] | None = None) -> dict[str, Any]:
     """Train the model from its run's last checkpoint, or from the start, to the last step.
 
@@ -346,11 +346,7 @@ def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
     number of processes).
     """
     optimizers = make_optimizers(model, recipe, run.runtime.dtype)
-    # Loading a checkpoint replaces the groups and their learning rates. So the peaks are read
-    # before it, and the groups after it.
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     state = run.resume(model, optimizers)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     steps, seed = batches.steps, run.settings["seed"]
     log_every = max(1, steps // LOG_LINES)
     evaluate_every = log_every * LOG_LINES // EVALUATIONS
@@ -363,8 +359,8 @@ def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
             state.step_began = time.perf_counter()
             torch.manual_seed(seed_of_step(seed, state.step))
             factor = schedule(recipe, state.step, steps)
-            for group, peak in zip(groups, peaks):
-                group["lr"] = peak * factor
+            for optimizer, peak in zip(optimizers, (recipe.lr, recipe.matrix_lr)):
+                optimizer.param_groups[0]["lr"] = peak * factor
             texts = batches[state.step]
             loss, count = loss_of(texts)
             loss = loss / count
@@ -390,13 +386,12 @@ def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
                 run.log(step=state.step, **evaluate())
                 model.train()
             signal_number = largest_of_ranks(stop[0] if stop else 0)
-            if is_last:
-                run.save(state, model, [])  # a finished run needs no optimizers
-            elif signal_number or time.monotonic() - saved > SAVE_SECONDS:
-                run.save(state, model, optimizers)
+            if is_last or signal_number or time.monotonic() - saved > SAVE_SECONDS:
+                run.save(state, model, [] if is_last else optimizers)  # a finished run needs none
                 saved = time.monotonic()
             if signal_number:
                 break
+        # Once more, since a signal may have come while the last checkpoint was written
         if signal_number := largest_of_ranks(stop[0] if stop else 0):
             run.end_by_signal(signal_number, state.step)
     model.eval()
@@ -444,8 +439,7 @@ def pretrain(data: DataFolder, model_name: str, recipe: PretrainRecipe, seed: in
     folder_name = name or f"{model_name}-seed{seed}-{settings_hash(settings)}"
     with Run(runtime.runs_dir / "pretrain" / folder_name, settings, data.tokenizer, runtime) as run:
         if rank() == 0:  # for finetune.py
-            place = {"path": str(data.path.resolve()), "id": data.id}
-            write_json(run.folder / "data.json", place)
+            write_json(run.folder / "data.json", {"path": str(data.path.resolve())})
         if run.is_finished:
             return run.folder
         torch.manual_seed(seed)
@@ -572,8 +566,7 @@ class Run:
                              "weights are not finite. Use a smaller lr (--set), or --dtype fp32. "
                              "The last good checkpoint is kept")
         state.count_time()
-        earlier = [line for line in self.lines if "loss" in line]
-        before: dict[str, Any] = earlier[-1] if earlier else {}
+        before: dict[str, Any] = next((x for x in reversed(self.lines) if "loss" in x), {})
         seconds = state.seconds - before.get("seconds", 0.0)
         rate = round((state.tokens - before.get("tokens", 0)) / max(seconds, 1e-9))
         self.log(step=state.step, loss=round(mean, 5), tokens=state.tokens, tokens_per_s=rate,
@@ -648,9 +641,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 def result_record(settings: dict, **figures: Any) -> dict:
     """What each results.json begins with: how to repeat it, and where it was measured."""
     cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        models = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))
-        cpu = models[0] if models else cpu
+    with contextlib.suppress(OSError, IndexError):
+        cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))[0]
     machine = {"system": platform.platform(terse=True), "cpu": cpu, "cores": os.cpu_count(),
                "threads": torch.get_num_threads()}
     if torch.cuda.is_initialized():  # a GPU was used
@@ -673,7 +665,7 @@ def settings_hash(settings: dict) -> str:
 def weights_hash(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -724,16 +716,16 @@ def load_settings(folder: Path, kind: str) -> dict:
     return read_json(path, "config", "seed", "tokenizer", own)
 
 
-def config_of(folder: Path, kind: str = "pretrain") -> BertConfig:
+def config_of(folder: Path) -> BertConfig:
     """The architecture of the model in a run folder."""
     with damage_named(folder / "config.json"):
-        return BertConfig(**load_settings(folder, kind)["config"])
+        return BertConfig(**read_json(folder / "config.json", "config")["config"])
 
 
-def tokenizer_of(folder: Path, kind: str = "pretrain") -> Tokenizer:
+def tokenizer_of(folder: Path) -> Tokenizer:
     """The tokenizer of a run folder. No other one fits its model."""
     tokenizer = Tokenizer.load(folder / "tokenizer.model")
-    if tokenizer.hash != load_settings(folder, kind)["tokenizer"]:
+    if tokenizer.hash != read_json(folder / "config.json", "tokenizer")["tokenizer"]:
         raise InputError(f"{folder / 'tokenizer.model'}: not the tokenizer that this run was made "
                          "with. Put that one back, or train again")
     return tokenizer
@@ -764,11 +756,11 @@ def open_data(name: str, preset: str) -> DataFolder:
 
 def data_of(run: Path) -> DataFolder:
     """The data folder of a pre-training run. Raises InputError if it is gone or was changed."""
-    if not (run / "data.json").exists():
+    settings = load_settings(run, "pretrain")
+    if not (run / "data.json").exists():  # an imported model
         raise InputError(f"{run}: does not say where its text is. Name a data folder with --data")
-    place = read_json(run / "data.json", "path", "id")
-    data = open_folder(place["path"])
-    if data.id != place["id"]:
+    data = open_folder(read_json(run / "data.json", "path")["path"])
+    if data.id != settings["data"]:
         raise InputError(f"{data.path}: was made again with other contents since {run} was "
                          "trained. Name a data folder with --data")
     return data
@@ -793,10 +785,9 @@ class Runtime:
     fresh: bool = False
     compile: bool = False
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+    def autocast(self) -> torch.autocast:
+        is_mixed = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=is_mixed)
 
     def for_inference(self, model: nn.Module) -> nn.Module:
         """Move the model to the device, and round its linear weights once, not at each call."""
@@ -813,13 +804,13 @@ def choose_runtime(device: str = "auto", dtype: str = "auto", runs_dir: Path = P
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if torch.backends.mps.is_available() and world_size() == 1:
             device = "mps"
-    gpus = torch.cuda.device_count()
     match = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,4}))?", device)
     if not match or (device == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"--device {device}: no such device here. Leave the flag out, or use "
                          "--device cpu")
     if device.startswith("cuda"):
         number = int(match[1] or os.environ.get("LOCAL_RANK", 0))
+        gpus = torch.cuda.device_count()
         if number >= gpus:
             raise InputError(f"--device {device}: GPU number {number} is needed and PyTorch finds "
                              f"{gpus} GPUs here (numbers begin at 0). Use --device cpu")
@@ -830,15 +821,16 @@ def choose_runtime(device: str = "auto", dtype: str = "auto", runs_dir: Path = P
     else:
         has_bf16 = device == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                         or torch.cpu._is_amx_tile_supported())
-        name = f"{device}, {torch.get_num_threads()} threads"
-    chosen = dtype if dtype != "auto" else "bf16" if has_bf16 else "fp32"
+        name = device
+    if dtype == "auto":
+        dtype = "bf16" if has_bf16 else "fp32"
     if compile and not shutil.which(os.environ.get("CXX", "c++")):
         raise InputError("--compile: needs a C++ compiler. Install one, or leave the flag out")
     keep_freed_memory()
     processes = f"{world_size()} ranks: " if world_size() > 1 else ""
-    in_words = f"{processes}{name}; matrix products in {chosen}"
+    in_words = f"{processes}{name}; matrix products in {dtype}"
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return Runtime(torch.device(device), types[chosen], in_words, runs_dir, fresh, compile)
+    return Runtime(torch.device(device), types[dtype], in_words, runs_dir, fresh, compile)
 
 
 def keep_freed_memory() -> None:
@@ -929,6 +921,7 @@ def rank_0_first() -> Iterator[None]:
 
 def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
     """The model of a pre-training run, on the CPU, and its tokenizer."""
+    load_settings(folder, "pretrain")  # raises InputError for another kind of run
     model = MaskedLM(config_of(folder)).eval()
     weights = load_checkpoint(folder)["model"]
     if "dense.weight" not in weights:
@@ -940,10 +933,17 @@ def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
 
 def encode_with_masks(text: str, tokenizer: Tokenizer, max_length: int) -> Tensor:
     """A text as input_ids (1, T), with the mask token where it says [MASK]."""
+    text = text.encode("utf-8", "replace").decode()  # as in Tokenizer.encode
+    blank = tokenizer.pieces.piece_to_id("▁")
     ids = [CLS]
     for number, part in enumerate(text.split("[MASK]")):
-        ids += [MASK] if number else []
-        ids += tokenizer.pieces.encode(part)
+        pieces = tokenizer.pieces.encode(part)
+        if number:
+            ids.append(MASK)
+            # SentencePiece puts a blank before each part. In "[MASK]." there is none.
+            if pieces[:1] == [blank] and not part[0].isspace():
+                pieces = pieces[1:]
+        ids += pieces
     ids.append(SEP)
     if len(ids) > max_length:
         raise InputError(f"the text has {len(ids)} tokens, and the model reads {max_length}. Give "

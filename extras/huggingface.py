@@ -188,9 +188,10 @@ def to_fast_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokeni
     """The same tokenizer in transformers.
 
     It differs in this: it knows no marks around entities. It takes "[MASK]" and other special
-    tokens in a text for those tokens (fill-mask needs that). Of two ways to cut a text that have
-    the same score it may choose the other. It drops some combining marks after characters that
-    the normalisation replaces. Raises InputError for a .model unlike ours.
+    tokens in a text for those tokens (fill-mask needs that). In "[MASK]'s" it sees no blank after
+    the mask; ours may see one. Of two ways to cut a text that have the same score it may choose the
+    other. It drops some combining marks after characters that the normalisation replaces. Raises
+    InputError for a .model unlike ours.
     """
     proto = PROTOBUF.ModelProto.FromString(tokenizer.model)
     rules = proto.normalizer_spec
@@ -210,8 +211,8 @@ def to_fast_tokenizer(tokenizer: Tokenizer, max_length: int) -> PreTrainedTokeni
     steps.append(normalizers.Replace(Regex(" +$"), ""))
     steps.append(normalizers.Replace(Regex(" {2,}"), " "))
     fast.normalizer = normalizers.Sequence(steps)
-    fast.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="always", split=True)
-    fast.decoder = decoders.Metaspace("\u2581", prepend_scheme="always", split=True)
+    fast.pre_tokenizer = pre_tokenizers.Metaspace("\u2581", prepend_scheme="first", split=True)
+    fast.decoder = decoders.Metaspace("\u2581", prepend_scheme="first", split=True)
     fast.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)])
@@ -262,7 +263,7 @@ def export_run(run: Path, folder: Path) -> None:
         export_model(model, tokenizer, folder)
     elif kind == "finetune":
         classes = load_settings(run, "finetune")["classes"]
-        export_model(load_classifier(run), tokenizer_of(run, "finetune"), folder, classes)
+        export_model(load_classifier(run), tokenizer_of(run), folder, classes)
     else:
         raise InputError(f"{run}: neither a pre-training nor a fine-tuning run. Name a folder in "
                          "runs/pretrain or runs/finetune")

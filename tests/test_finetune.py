@@ -6,6 +6,8 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 
 import finetune as finetuning
 from data import DataFolder, InputError, Task, encode_texts
-from finetune import (PRESETS, Predictor, check_checkpoints, finetune, interval,
+from finetune import (PRESETS, Predictor, check_checkpoints, chosen_tasks, finetune, interval,
                       inverse_document_frequency, is_correct, load_logits, logistic_regression,
                       over_starts, piece_features, recipe_for, start_of, yardsticks)
 from material import articles, corpus_of, on_cpu, pretrain_run, small_tokenizer, tables_of
@@ -129,6 +131,11 @@ def test_yardsticks(corpus: DataFolder) -> None:
 
 
 # ---- training ------------------------------------------------------------------------------------
+
+
+def test_a_task_that_is_named_twice_counts_once() -> None:
+    data: Any = SimpleNamespace(meta={"tasks": {"places": {}}}, task=lambda name: TASK)
+    assert chosen_tasks(["places", "places"], data) == ["places"]
 
 
 def test_recipes() -> None:

@@ -329,6 +329,23 @@ def test_weights_are_rounded_once_for_inference(name: str) -> None:
 # ---- a trained model at work ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("text", ["The [MASK] of France.", "A [MASK]. A city", "a [MASK], the "])
+def test_a_text_with_masks_has_the_tokens_of_the_text_without(text: str) -> None:
+    tokenizer = small_tokenizer()
+    names = [tokenizer.pieces.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    word = max((name for name in names if name.startswith("▁")), key=len)
+    whole = tokenizer.encode([text.replace("[MASK]", word.removeprefix("▁"))])[0].tolist()
+    expected = [MASK if token == names.index(word) else token for token in whole]
+    assert MASK in expected
+    assert encode_with_masks(text, tokenizer, 64)[0].tolist() == expected
+
+
+def test_a_wrong_byte_in_a_text_to_fill_is_a_question_mark() -> None:
+    tokenizer = small_tokenizer()
+    wrong = encode_with_masks("a \udce9 [MASK]", tokenizer, 64)
+    assert torch.equal(wrong, encode_with_masks("a ? [MASK]", tokenizer, 64))
+
+
 def test_show(corpus: DataFolder, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The masks and the predictions are those of a real forward pass."""
     folder = pretrain_run("bert-1", SMOKE, corpus, 0, tmp_path)

@@ -365,7 +365,7 @@ COMMITTEE = ["committee", "--preset", "smoke", "--runs-dir", "RUNS", "--data", "
     ([*PRETRAIN, "--device", "cuda:99"], "Use --device cpu"),
     ([*PRETRAIN, "--device", "gpu"], "--device gpu: no such device here"),
     ([*PRETRAIN, "--sede", "1"], "did you mean --seed?"),
-    (["finetune", "--checkpoint", "nowhere"], "nowhere"),
+    (["finetune", "--checkpoint", "nowhere"], "config.json: cannot be read"),
     (["finetune", "--predict", "x"], "--predict: name a finished run"),
     ([*FINETUNE, "--task", "agnews"], "has no task 'agnews'"),
     ([*FINETUNE, "--no-scratch"], "there is nothing else to train"),
