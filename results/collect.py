@@ -17,10 +17,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import DataFolder, open_folder, run_script, write_atomically  # noqa: E402
-from finetune import interval, is_correct, make_tables, yardsticks  # noqa: E402
-from pretrain import choose_runtime, read_json  # noqa: E402
-from votes import agreement_and_errors  # noqa: E402
+from data import DataFolder, open_folder
+from finetune import interval, is_correct, make_tables, yardsticks
+from pretrain import choose_runtime, read_json
+from tokenizer import InputError, run_script, write_atomically
+from votes import agreement_and_errors
 
 HERE = Path(__file__).resolve().parent
 
@@ -130,7 +131,10 @@ def main() -> None:
     for folder in folders.values():
         about = folder.meta.get("selected", {})
         study["texts"][folder.path.name] = about | {"articles": len(folder.articles)}
-    for path in sorted(Path("runs").glob("*/*/*/results.json")):
+    paths = sorted(Path("runs").glob("*/*/*/results.json"))
+    if not paths:
+        raise InputError("runs: holds no finished run. Start with results/reproduce.sh")
+    for path in paths:
         results = read_json(path, "settings")
         runs, kind, name = path.parts[-4:-1]
         if kind == "pretrain":
@@ -145,7 +149,7 @@ def main() -> None:
     study["votes"] = vote_record(study["finetune"])
     if args.add:
         add_earlier(study)
-    machine = {"machine": results["machine"], "versions": results["versions"]}
+    machine = {key: results[key] for key in ("machine", "versions")}  # of the last run
     parts = [f"{json.dumps(name)}: {lines_of(records)}" for name, records in study.items()]
     text = "{\n" + ",\n".join([f'"measured": {json.dumps(machine)}', *parts]) + "\n}\n"
     with write_atomically(HERE / "study.json") as file:

@@ -13,15 +13,15 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.patches import FancyBboxPatch  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
 
-from extras.plots import plot_accuracies, plot_attention, plot_losses  # noqa: E402
-from extras.plots import plot_sizes, save  # noqa: E402
-from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width  # noqa: E402
-from tables import joined, load  # noqa: E402
+from extras.plots import plot_accuracies, plot_attention, plot_losses
+from extras.plots import plot_sizes, save
+from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width
+from tables import joined, load
 
 # What the quick preset shares with the trials that it was chosen from
 QUICK = {"batch_size": 32, "lr": 0.003, "matrix_lr": 0.02, "mask_rate": 0.25}

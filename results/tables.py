@@ -19,7 +19,7 @@ import numpy as np
 RESULTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(RESULTS.parent))
 
-from finetune import interval  # noqa: E402
+from finetune import interval
 
 TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
 MODELS = {"bert-6": "BERT-6", "bert-1": "BERT-1"}

@@ -14,6 +14,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data import DataFolder
+from material import articles, corpus_of, small_tokenizer
+
 
 @pytest.fixture(scope="session")
 def raw_data() -> Path:
@@ -22,6 +25,13 @@ def raw_data() -> Path:
     if not (folder / "wikipedia").is_dir():
         pytest.skip("no real data: set TLM_RAW_DATA to a raw folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus() -> DataFolder:
+    """A data folder in memory: 100 articles, 20 held out, 200 pieces, texts of 32 tokens."""
+    texts = [article["text"] for article in articles(120)]
+    return corpus_of(texts[20:], texts[:20], small_tokenizer())
 
 
 def pytest_configure(config: pytest.Config) -> None:

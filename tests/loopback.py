@@ -21,13 +21,13 @@ class Request:
 class Loopback:
     """A server. files: path -> bytes. behaviours: path -> what its next answers do, a word each.
 
-    Words: "ok" (also when the list is used up); "no ranges", "no ranges short"; "short" (half the
-    body, then the end); "chunked" (whole, its length not announced), "short chunked"; "wrong
-    range"; "corrupt"; "html" and "html chunked" (an error page with status 200); "stall" (half the
-    body, then nothing); "drip" (the body a hundredth at a time, slowly); "endless" (the body again
-    and again, its length not announced); "no number" (a Content-Length that is none); "416"; "loop"
-    and "file" (redirects to itself and to file://); "refuse" (the connection is closed unanswered);
-    or a status such as "404". "429:7" adds the header `Retry-After: 7`.
+    Words: "ok" (also when the list is used up); "no ranges"; "short" (half the body, then the end);
+    "chunked" (whole, its length not announced), "short chunked"; "wrong range"; "corrupt"; "html"
+    (an error page with status 200); "stall" (half the body, then nothing); "drip" (the body a
+    hundredth at a time, slowly); "endless" (the body again and again, its length not announced);
+    "no number" (a Content-Length that is none); "416"; "loop" and "file" (redirects to itself and
+    to file://); "refuse" (the connection is closed unanswered); or a status such as "404". "429:7"
+    adds the header `Retry-After: 7`.
     """
 
     def __init__(self) -> None:
@@ -104,9 +104,9 @@ class Loopback:
         elif word in ("loop", "file"):
             body, status = b"", 302
             headers = {"Location": handler.path if word == "loop" else "file:///etc/hostname"}
-        elif word in ("html", "html chunked"):
+        elif word == "html":
             body = b"<html>Please log in</html>"
-        knows_ranges = word not in ("no ranges", "no ranges short", "html", "html chunked")
+        knows_ranges = word not in ("no ranges", "html")
         if asked and status == 200 and knows_ranges:
             start, end = int(asked[1]), min(int(asked[2] or len(body)) + 1, len(body))
             if start >= len(body):
@@ -141,12 +141,12 @@ class Loopback:
         elif word == "endless":
             while not self._ended.is_set():
                 handler.wfile.write(body)
-        elif word in ("short", "no ranges short", "stall"):
+        elif word in ("short", "stall"):
             handler.wfile.write(body[:len(body) // 2])
         else:
             handler.wfile.write(body)
         if word == "stall":
             handler.wfile.flush()
             self._ended.wait(10)
-        if word in ("short", "no ranges short", "short chunked", "stall", "no number"):
+        if word in ("short", "short chunked", "stall", "no number"):
             handler.close_connection = True

@@ -13,6 +13,7 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,7 @@ def write_articles(path: Path, count: int = 200, seed: int = 0) -> Path:
     return path
 
 
+@cache
 def small_tokenizer(vocab_size: int = 200) -> Tokenizer:
     return Tokenizer(train_tokenizer((a["text"] for a in articles(200)), vocab_size))
 

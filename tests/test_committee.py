@@ -17,7 +17,7 @@ from data import DataFolder, Task
 from finetune import PRESETS as FINETUNE_PRESETS
 from finetune import gap
 from material import PLACES, SUBJECTS, VERBS, articles, corpus_of, on_cpu, pretrain_run
-from material import small_tokenizer, tables_of
+from material import tables_of
 from model import Classifier, named_config
 from pretrain import PRESETS, fill_mask, load_masked_lm
 from tokenizer import Tokenizer, train_tokenizer
@@ -29,12 +29,6 @@ TASK = Task("two", ["a", "b"], [("river city", 0), ("king painter", 1)] * 8, [("
             [("a city", 0), ("the king", 1)])
 JOB = Job(Path("d"), ["two"], "test", "smoke", PRESETS["smoke"], FINETUNE_PRESETS["smoke"],
           "bert-6", ["bert-1", "bert-1-wide"], 3, 2, on_cpu())
-
-
-@pytest.fixture(scope="module")
-def corpus() -> DataFolder:
-    texts = [a["text"] for a in articles(60)]
-    return corpus_of(texts[20:], texts[:20], small_tokenizer())
 
 
 def test_planned_models() -> None:

@@ -22,7 +22,7 @@ import pretrain as pretraining
 from data import DataFolder, InputError, Request, Task, load_table, open_folder, prepare
 from data import read_metadata, save_array
 from finetune import Predictor, finetune, load_logits, start_of
-from material import articles, corpus_of, on_cpu, prepared_folder, pretrain_run, small_tokenizer
+from material import on_cpu, prepared_folder, pretrain_run, small_tokenizer
 from material import tables_of, write_articles
 from pretrain import PRESETS, is_out_of_memory, load_checkpoint, read_json
 from tokenizer import full_disk_named, save_tokenizer
@@ -31,12 +31,6 @@ STEPS = [1, 2, 3, 4, 5, 6, 7, 8]
 RECIPE = replace(PRESETS["smoke"], steps=8)
 ROWS = [("river city", 0), ("king painter", 1)]
 TASK = Task("two", ["a", "b"], ROWS * 8, [], ROWS)
-
-
-@pytest.fixture(scope="module")
-def corpus() -> DataFolder:
-    texts = [article["text"] for article in articles(60)]
-    return corpus_of(texts[20:], texts[:20], small_tokenizer())
 
 
 @pytest.fixture

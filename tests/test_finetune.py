@@ -39,12 +39,6 @@ TASK = Task("places", list(WORDS), rows(10), rows(4, 100), rows(5, 200))
 
 
 @pytest.fixture(scope="module")
-def corpus() -> DataFolder:
-    texts = [a["text"] for a in articles(120)]
-    return corpus_of(texts[20:], texts[:20], small_tokenizer())
-
-
-@pytest.fixture(scope="module")
 def checkpoints(corpus: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("runs")
     return [pretrain_run("bert-1", SMOKE, corpus, seed, folder) for seed in (0, 1)]

@@ -42,6 +42,7 @@ SHAPES = [  # layers, width, heads, vocabulary, positions, lengths of the texts
 ]
 CLASSES = ["sport", "politics", "arts and letters"]
 DTYPES = [(torch.float32, 1e-5, 1e-4), (torch.float64, 1e-10, 1e-10)]  # and the tolerances
+ATTENTION = {torch.float32: ("sdpa", True), torch.float64: ("eager", False)}  # theirs, ours
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}-{shape[1]}")
 by_norm = pytest.mark.parametrize("norm", ["post", "pre"])
 by_head = pytest.mark.parametrize("head", ["mlm", "classifier"])
@@ -138,16 +139,16 @@ def assert_same_function(ours: Any, theirs: Any, input_ids: Tensor, tolerance: f
     same(gradients[TYPE_TABLE][0], ours.bert.position.weight.grad.sum(0), of_gradients)
 
 
-@pytest.mark.parametrize("attention, fused", [("eager", False), ("sdpa", True)])
 @by_head
 @by_norm
 @by_shape
-def test_our_weights_there(shape: tuple, norm: str, head: str, attention: str, fused: bool,
+def test_our_weights_there(shape: tuple, norm: str, head: str,
                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Attention, "fused", fused)
     layers, width, heads, vocab_size, max_length, lengths = shape
     config = BertConfig(vocab_size, layers, width, heads, max_length, norm=norm)
     for dtype, tolerance, of_gradients in DTYPES:
+        attention, fused = ATTENTION[dtype]
+        monkeypatch.setattr(Attention, "fused", fused)
         ours = shake(make_ours(config, head), seed=layers + width).to(dtype)
         theirs = make_theirs(ours, attention)
         input_ids = ragged_batch(vocab_size, lengths)
@@ -254,8 +255,7 @@ def test_stem_is_the_authors(channels: int, kernels: tuple[int, ...]) -> None:
     same(ours.eval()(x, real), reference.eval()(x[:, None])[:, 0])
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_conv_model_is_stem_before_layers(training: bool) -> None:
+def test_a_conv_model_in_training_is_a_stem_before_layers() -> None:
     config = BertConfig(60, 1, 64, 2, 16, dropout=0.0, conv_channels=4, conv_kernels=(3, 3))
     input_ids, positions = ragged_batch(60, (16, 16, 16)), torch.tensor([1, 17, 40])
     for head, (dtype, tolerance, _) in itertools.product(("mlm", "classifier"), DTYPES):
@@ -263,8 +263,8 @@ def test_conv_model_is_stem_before_layers(training: bool) -> None:
         ours.bert.stem.norms[0].running_mean.add_(0.2)
         ours.bert.stem.norms[0].running_var.mul_(1.3)
         arguments = (input_ids, positions) if head == "mlm" else (input_ids,)
-        expected = conv_reference(ours, *arguments, training=training)
-        found = ours.train(training)(*arguments)
+        expected = conv_reference(ours, *arguments, training=True)
+        found = ours.train()(*arguments)
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
 
 

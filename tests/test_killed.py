@@ -242,15 +242,15 @@ def survives(name: str, moments: Sequence[str], material: Path, seed: int) -> Co
 
 
 @pytest.mark.parametrize("name, moments", [
-    ("pretrain, 2 threads", ["a write", "SIGINT", "a second process", "SIGTERM", "random moment"]),
-    ("finetune", ["a write", "SIGTERM", "random moment"]),
-    ("committee", ["a starting child", "the parent alone", "a child"])])
+    ("pretrain, 2 threads", ["a write", "SIGINT", "a second process"]),
+    ("finetune", ["a write", "SIGTERM"]),
+    ("committee", ["SIGTERM", "the parent alone", "a child"])])
 def test_an_interrupted_job_ends_as_an_undisturbed_one(name: str, moments: list[str],
                                                        material: Path) -> None:
     """Killed, stopped by signals, locked while it runs: at the end the same to the last bit."""
     happened = survives(name, moments, material, random.randrange(10**6))
     assert happened["a write, half a checkpoint left"] == moments.count("a write"), happened
-    assert happened["ended before"] <= moments.count("random moment"), happened
+    assert not happened["ended before"], happened
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
@@ -277,7 +277,7 @@ def test_a_killed_prepare_leaves_no_half_folder(material: Path, tmp_path: Path,
 def test_killed_many_times(name: str, material: Path) -> None:
     seed, started = random.randrange(10**6), time.perf_counter()
     choices = ["a write", "a write", "random moment"]
-    choices += ["the parent alone", "a child"] if name == "committee" else []
+    choices += ["the parent alone", "a child", "a starting child"] if name == "committee" else []
     moments = random.Random(seed).choices(choices, k=COUNT or 25)
     happened = survives(name, moments, material, seed)
     record_reliability(f"killed, {name}", {
