@@ -934,16 +934,10 @@ def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
 def encode_with_masks(text: str, tokenizer: Tokenizer, max_length: int) -> Tensor:
     """A text as input_ids (1, T), with the mask token where it says [MASK]."""
     text = text.encode("utf-8", "replace").decode()  # as in Tokenizer.encode
-    blank = tokenizer.pieces.piece_to_id("▁")
-    ids = [CLS]
-    for number, part in enumerate(text.split("[MASK]")):
-        pieces = tokenizer.pieces.encode(part)
-        if number:
-            ids.append(MASK)
-            # SentencePiece puts a blank before each part. In "[MASK]." there is none.
-            if pieces[:1] == [blank] and not part[0].isspace():
-                pieces = pieces[1:]
-        ids += pieces
+    first, *others = text.split("[MASK]")
+    ids = [CLS, *tokenizer.pieces.encode(first)]
+    for part in others:
+        ids += [MASK, *tokenizer.encode_after_mark(part)]
     ids.append(SEP)
     if len(ids) > max_length:
         raise InputError(f"the text has {len(ids)} tokens, and the model reads {max_length}. Give "

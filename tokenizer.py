@@ -215,13 +215,22 @@ class Tokenizer:
 
     def _encode_marked(self, text: str) -> list[int]:
         """Token ids of a text with marked entities; each stretch is encoded by itself."""
-        ids, end = [], 0
-        for match in ENTITIES.finditer(text):
-            mark = MASK if match[1] else SEP
-            ids += self.pieces.encode(text[end : match.start()])
-            ids += [mark, *self.pieces.encode(match[1] or match[2]), mark]
-            end = match.end()
-        return ids + self.pieces.encode(text[end:])
+        # [before, head, tail, between, head, tail, ..., after]; of head and tail one is None
+        before, *others = ENTITIES.split(text)
+        ids = self.pieces.encode(before)
+        for head, tail, after in zip(others[::3], others[1::3], others[2::3]):
+            mark = MASK if head else SEP
+            ids += [mark, *self.pieces.encode(head or tail), mark]
+            ids += self.encode_after_mark(after)
+        return ids
+
+    def encode_after_mark(self, text: str) -> list[int]:
+        """Token ids of a text that follows a special token, as the "." does in "[MASK]."."""
+        ids = self.pieces.encode(text)
+        has_blank = text[:1].isspace()
+        if ids[:1] == [self.pieces.piece_to_id("▁")] and not has_blank:
+            return ids[1:]  # SentencePiece has put this blank there
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, without the special tokens."""

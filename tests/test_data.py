@@ -103,6 +103,8 @@ def test_marks_around_entities_are_a_token_each() -> None:
     assert encode("the [# river #] of [@ japan @]") == marked
     assert TOKENIZER.decode(marked) == "the river of japan"
     assert encode("[@japan@][#river#]") == [CLS, SEP, *japan, SEP, MASK, *river, MASK, SEP]
+    dot = encode("the river.")[-2]  # no blank before it
+    assert encode("the [#river#].") == [CLS, *the, MASK, *river, MASK, dot, SEP]
     unclosed = encode("x[#note] y [@ z")
     assert MASK not in unclosed and unclosed.count(SEP) == 1
 
