@@ -48,7 +48,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -65,7 +65,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, full_disk_named
-from tokenizer import run_script, save_tokenizer, train_tokenizer, write_atomically
+from tokenizer import run_script, save_tokenizer, train_tokenizer, without_surrogates
+from tokenizer import write_atomically
 
 if sys.platform == "win32":
     import msvcrt
@@ -724,7 +725,7 @@ def text_lines(file: IO[bytes], name: str) -> Iterator[str]:
                          "Save the file as UTF-8") from None
 
 
-def file_lines(path: Path) -> Generator[str, None, None]:
+def file_lines(path: Path) -> Iterator[str]:
     """text_lines of a file, which may be .gz or .bz2."""
     with open_packed(path) as file:
         for line in text_lines(file, str(path)):
@@ -772,8 +773,7 @@ def _json_articles(path: Path) -> Iterator[Article]:
                              '{"title": "...", "text": "..."}') from None
         if not isinstance(text, str) or "text" not in record:
             raise InputError(f'{path}, line {number}: "text" is missing, or is no string')
-        # "replace": a lone surrogate could not be written to dataset.json
-        yield Article(str(title or ""), text, str(wiki or "").encode("utf-8", "replace").decode())
+        yield Article(str(title or ""), text, without_surrogates(str(wiki or "")))
 
 
 def read_article_file(path: Path) -> Iterator[Article]:
@@ -1643,7 +1643,7 @@ def write_folder(folder: Path, meta: dict, tokenizer: Tokenizer, tables: dict[st
     meta["files"] = {path.name: file_hash(path) for path in sorted(folder.iterdir())}
     meta["id"] = contents_id(meta)
     text = json.dumps(meta, indent=1, ensure_ascii=False)
-    # A wrong byte in a file's name ("command") becomes an escape of JSON, such as "\\udce9".
+    # A wrong byte in a file's name ("command") becomes an escape of JSON, such as "\udce9".
     (folder / "dataset.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -1916,7 +1916,8 @@ def shared_passages(articles: Sequence[str],
         place = place[known[place] == hashes]
         shared[place] = True
         articles_hit[i] = len(place) > 0
-    rows_hit = np.array([bool(np.isin(hashes, known[shared]).any()) for hashes in of_rows])
+    hits = known[shared]
+    rows_hit = np.array([bool(np.isin(hashes, hits).any()) for hashes in of_rows])
     return rows_hit, articles_hit
 
 

@@ -55,7 +55,7 @@ from data import default_name, file_lock, open_folder, prepare, setting_differen
 from model import MODELS, NORMS, BertConfig, MaskedLM, StackedLinear, count_parameters
 from model import named_config
 from tokenizer import CLS, FIRST_PIECE, MASK, SEP, InputError, Parser, Tokenizer
-from tokenizer import full_disk_named, run_script, write_atomically
+from tokenizer import full_disk_named, run_script, without_surrogates, write_atomically
 
 EVALUATION_MASK_RATE = 0.15  # always, so that losses can be compared
 SAVE_SECONDS = 60.0  # between two checkpoints
@@ -933,8 +933,7 @@ def load_masked_lm(folder: Path) -> tuple[MaskedLM, Tokenizer]:
 
 def encode_with_masks(text: str, tokenizer: Tokenizer, max_length: int) -> Tensor:
     """A text as input_ids (1, T), with the mask token where it says [MASK]."""
-    text = text.encode("utf-8", "replace").decode()  # as in Tokenizer.encode
-    first, *others = text.split("[MASK]")
+    first, *others = without_surrogates(text).split("[MASK]")
     ids = [CLS, *tokenizer.pieces.encode(first)]
     for part in others:
         ids += [MASK, *tokenizer.encode_after_mark(part)]

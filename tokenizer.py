@@ -145,6 +145,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{hint} ({self.prog} --help lists all flags)\n")
 
 
+def without_surrogates(text: str) -> str:
+    """The text with "?" for each lone surrogate, which UTF-8 cannot encode."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def training_texts(texts: Iterable[str]) -> Iterator[str]:
     """The texts in one line each, cut to LONGEST_TEXT, until they have MOST_CHARACTERS in all."""
     total = 0
@@ -165,7 +170,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         raise InputError(f"--vocab-size {vocab_size}: must lie between {FIRST_PIECE + 1} and 65536 "
                          "(ids are 16 bits wide)")
     model = io.BytesIO()
-    lines = [line.encode("utf-8", "replace").decode() for line in training_texts(texts)]
+    lines = [without_surrogates(line) for line in training_texts(texts)]
     try:
         spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=model,
                                        vocab_size=vocab_size, **SPECIAL_OPTIONS,
@@ -205,8 +210,7 @@ class Tokenizer:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, uint16: [CLS] pieces [SEP]."""
-        # A lone surrogate cannot be encoded in UTF-8; it becomes "?".
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        clean = [without_surrogates(text) for text in texts]
         rows = self.pieces.encode(clean, num_threads=2)
         for i, text in enumerate(clean):
             if "[#" in text or "[@" in text:

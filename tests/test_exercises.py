@@ -17,8 +17,8 @@ import model
 import pretrain
 import tokenizer
 from conftest import ROOT
-from data import Task
-from material import PLACES, articles, corpus_of, on_cpu, pretrain_run, small_tokenizer, tables_of
+from data import DataFolder, Task
+from material import PLACES, articles, on_cpu, pretrain_run, small_tokenizer, tables_of
 from model import BertConfig
 
 # file: what is replaced or, if it ends in a line break, preceded by the solution
@@ -143,9 +143,7 @@ def test_a_constant_rate_does_not_decay(tmp_path: Path) -> None:
     assert [changed.schedule(recipe, step, 10) for step in (0, 1, 9)] == [0.5, 1.0, 1.0]
 
 
-def test_the_head_alone_leaves_bert_as_it_was(tmp_path: Path) -> None:
-    texts = [article["text"] for article in articles(60)]
-    corpus = corpus_of(texts[20:], texts[:20], small_tokenizer())
+def test_the_head_alone_leaves_bert_as_it_was(corpus: DataFolder, tmp_path: Path) -> None:
     rows = [(f"the city of {PLACES[i % 2]} number {i}", i % 2) for i in range(24)]
     task = Task("places", PLACES[:2], rows[:16], [], rows[16:])
     checkpoint = pretrain_run("bert-1", pretrain.PRESETS["smoke"], corpus, 0, tmp_path / "runs")

@@ -11,10 +11,10 @@ import torch
 
 pytest.importorskip("matplotlib")
 
-from data import InputError
+from data import DataFolder, InputError
 from extras.plots import attention_of, plateau_end, plot_accuracies, plot_attention, plot_losses
 from extras.plots import plot_sizes
-from material import articles, corpus_of, pretrain_run, small_tokenizer
+from material import pretrain_run
 from pretrain import PRESETS, encode_with_masks, load_masked_lm
 
 
@@ -26,9 +26,7 @@ def test_the_break_of_a_loss_curve() -> None:
     assert plateau_end(steps, noisy, 6.0) is None and plateau_end(steps, falling, 3.0) is None
 
 
-def test_loss_curves(tmp_path: Path) -> None:
-    texts = [a["text"] for a in articles(60)]
-    corpus = corpus_of(texts[20:], texts[:20], small_tokenizer())
+def test_loss_curves(corpus: DataFolder, tmp_path: Path) -> None:
     recipe = replace(PRESETS["smoke"], steps=20)
     runs = [pretrain_run("bert-1", recipe, corpus, seed, tmp_path / "runs") for seed in (0, 1)]
     plot_losses(runs, tmp_path / "losses.png")
@@ -58,10 +56,8 @@ def test_accuracies(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention(corpus: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights are softmax(q k / sqrt(D)) of what the layer really sees."""
-    texts = [a["text"] for a in articles(60)]
-    corpus = corpus_of(texts[20:], texts[:20], small_tokenizer())
     recipe = replace(PRESETS["smoke"], width=128, heads=2)
     run = pretrain_run("bert-1", recipe, corpus, 0, tmp_path / "runs")
     text = "The river of France crosses the city."
