@@ -57,8 +57,8 @@ class FinetuneRecipe(Recipe):
 PRESETS = {
     "paper": FinetuneRecipe(),
     "quick": FinetuneRecipe(
-        epochs=10, min_steps=200, optimizer="muon", lr=3e-3, beta2=0.98, weight_decay=0.0, clip=1.0,
-        warmup=0.1, pooling="mean"),
+        epochs=15, min_steps=300, optimizer="muon", lr=1e-3, matrix_lr=0.01, beta2=0.98,
+        weight_decay=0.0, clip=1.0, warmup=0.1, pooling="mean"),
     "smoke": FinetuneRecipe(epochs=1, batch_size=8, lr=1e-3, clip=1.0),
 }
 

@@ -137,7 +137,7 @@ def test_recipes() -> None:
     assert recipe_for("fewrel", PRESETS["quick"], "quick").per_class == 100
     assert recipe_for("topics", replace(PRESETS["quick"], per_class=7), "quick").per_class == 7
     assert recipe_for("fewrel", PRESETS["paper"], "paper").per_class == 0
-    assert PRESETS["quick"].total_steps(3) == 200 and PRESETS["quick"].total_steps(50) == 500
+    assert PRESETS["quick"].total_steps(3) == 300 and PRESETS["quick"].total_steps(50) == 750
     assert replace(PRESETS["quick"], steps=7).total_steps(3) == 7
     assert chosen_recipe(PRESETS["quick"], ["epochs=1"]).total_steps(3) == 3
 
