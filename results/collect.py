@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import DataFolder, open_folder
 from finetune import interval, is_correct, make_tables, yardsticks
 from pretrain import choose_runtime, read_json
+from tables import most_passes
 from tokenizer import InputError, run_script, write_atomically
 from votes import agreement_and_errors
 
@@ -46,7 +47,8 @@ def finetuning_record(results: dict, runs: str) -> dict:
             "model": settings["model"], "width": settings["config"]["width"],
             "seed": settings["seed"], "task": settings["task"],
             "rows_a_class": recipe["per_class"], "pooling": recipe["pooling"],
-            "steps": results["steps"], "train_loss": round(results["train_loss"], 4),
+            "epochs": recipe["epochs"], "steps": results["steps"],
+            "train_loss": round(results["train_loss"], 4),
             "accuracy": round(100 * results["accuracy"], 3)}
 
 
@@ -74,8 +76,11 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     (results/votes.py).
     """
     runs_of: dict[str, dict[str, list[Path]]] = {}  # rows -> model -> runs
+    same = ("model", "task", "rows_a_class", "pooling")
     ours = [(name, run) for name, run in finetuned.items()
-            if (run["checkpoint"] or "").startswith("study/")]
+            if (run["checkpoint"] or "").startswith("study/")
+            and run["epochs"] == most_passes(list(finetuned.values()),
+                                             **{field: run[field] for field in same})]
     for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
         runs, folder = name.split("/")
         of_model = runs_of.setdefault(rows_of(run), {})

@@ -21,7 +21,7 @@ from matplotlib.patches import FancyBboxPatch
 from extras.plots import plot_accuracies, plot_attention, plot_losses
 from extras.plots import plot_sizes, save
 from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width
-from tables import joined, load
+from tables import joined, load, most_passes
 
 # What the quick preset shares with the trials that it was chosen from
 QUICK = {"batch_size": 32, "lr": 0.003, "matrix_lr": 0.02, "mask_rate": 0.25}
@@ -90,6 +90,7 @@ def plot_tasks(study: dict, axes: Axes) -> None:
             y = len(labels)
             labels.append(f"{name}, {title}")
             same = {"task": task, "model": model, "rows_a_class": 20, "pooling": pooling}
+            same["epochs"] = most_passes(runs, **same)
             for text, colour in ((None, "#D55E00"), ("study", "#0072B2")):
                 size = 90_000 if text else None
                 found = by_seed(runs, "accuracy", text=text, articles=size, **same)
@@ -120,8 +121,10 @@ def plot_row_counts(study: dict, axes: Axes) -> None:
                                    (None, "from scratch", "#D55E00")):
             points = []
             for size in sorted(known_at):
-                found = by_seed(runs, "accuracy", task="fewrel", model=model, pooling="mean",
-                                rows_a_class=size, text=text, articles=90_000 if text else None)
+                same = {"task": "fewrel", "model": model, "pooling": "mean", "rows_a_class": size}
+                same["epochs"] = most_passes(runs, **same)
+                found = by_seed(runs, "accuracy", text=text, articles=90_000 if text else None,
+                                **same)
                 if found:
                     values = list(found.values())
                     points.append((size, np.mean(values), half_width(values)))

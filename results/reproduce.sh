@@ -26,37 +26,38 @@ for s in 0 1 2; do python pretrain.py --runs-dir runs/study --data study --model
 for s in 100 101 102 103 104 105; do python pretrain.py --runs-dir runs/study --data study --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20; done
 python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed[012]-* --set per_class=20 pooling=entities
 python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[0-5]-* --set per_class=20 pooling=entities
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=5
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=100
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=5
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=100
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed100-* --set per_class=624 epochs=3
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=5 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=100 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=5 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=100 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed100-* --set per_class=624 epochs=3 min_steps=200 lr=3e-3 matrix_lr=0.02
 
-# ---- C2 ----
-for s in 100 101 102; do python pretrain.py --runs-dir runs/5000 --data study --max-articles 5000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/20000 --data study --max-articles 20000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/40000 --data study --max-articles 40000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/40000 --checkpoint runs/40000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/5000-short --data study --max-articles 5000 --seed $s --set steps=267 && python finetune.py --runs-dir runs/5000-short --checkpoint runs/5000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/20000-short --data study --max-articles 20000 --seed $s --set steps=1067 && python finetune.py --runs-dir runs/20000-short --checkpoint runs/20000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/40000-short --data study --max-articles 40000 --seed $s --set steps=2133 && python finetune.py --runs-dir runs/40000-short --checkpoint runs/40000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-python pretrain.py --runs-dir runs/5000 --data study --model bert-6 --max-articles 5000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20
-python pretrain.py --runs-dir runs/20000 --data study --model bert-6 --max-articles 20000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20
+# ---- C2, C3 and the control: fine-tuned with the settings of quick before ----
+for s in 100 101 102 103 104 105; do python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/5000 --data study --max-articles 5000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/20000 --data study --max-articles 20000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/40000 --data study --max-articles 40000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/40000 --checkpoint runs/40000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/5000-short --data study --max-articles 5000 --seed $s --set steps=267 && python finetune.py --runs-dir runs/5000-short --checkpoint runs/5000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/20000-short --data study --max-articles 20000 --seed $s --set steps=1067 && python finetune.py --runs-dir runs/20000-short --checkpoint runs/20000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/40000-short --data study --max-articles 40000 --seed $s --set steps=2133 && python finetune.py --runs-dir runs/40000-short --checkpoint runs/40000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+python pretrain.py --runs-dir runs/5000 --data study --model bert-6 --max-articles 5000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python pretrain.py --runs-dir runs/20000 --data study --model bert-6 --max-articles 20000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 
 # ---- C3 ----
-for s in 100 101 102; do python pretrain.py --runs-dir runs/random --data random --seed $s --set steps=2400 && python finetune.py --runs-dir runs/random --checkpoint runs/random/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-low --data fewrel-low --seed $s --set steps=2400 && python finetune.py --runs-dir runs/fewrel-low --checkpoint runs/fewrel-low/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-high --data fewrel-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/fewrel-high --checkpoint runs/fewrel-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-low --data agnews-low --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-low --checkpoint runs/agnews-low/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-high --data agnews-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-high --checkpoint runs/agnews-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
-python finetune.py --runs-dir runs/random --task fewrel --checkpoint runs/random/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
-python finetune.py --runs-dir runs/fewrel-low --task fewrel --checkpoint runs/fewrel-low/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
-python finetune.py --runs-dir runs/fewrel-high --task fewrel --checkpoint runs/fewrel-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
-python finetune.py --runs-dir runs/random --task agnews --checkpoint runs/random/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
-python finetune.py --runs-dir runs/agnews-low --task agnews --checkpoint runs/agnews-low/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
-python finetune.py --runs-dir runs/agnews-high --task agnews --checkpoint runs/agnews-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20
+for s in 100 101 102; do python pretrain.py --runs-dir runs/random --data random --seed $s --set steps=2400 && python finetune.py --runs-dir runs/random --checkpoint runs/random/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-low --data fewrel-low --seed $s --set steps=2400 && python finetune.py --runs-dir runs/fewrel-low --checkpoint runs/fewrel-low/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/fewrel-high --data fewrel-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/fewrel-high --checkpoint runs/fewrel-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-low --data agnews-low --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-low --checkpoint runs/agnews-low/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-high --data agnews-high --seed $s --set steps=2400 && python finetune.py --runs-dir runs/agnews-high --checkpoint runs/agnews-high/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
+python finetune.py --runs-dir runs/random --task fewrel --checkpoint runs/random/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/fewrel-low --task fewrel --checkpoint runs/fewrel-low/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/fewrel-high --task fewrel --checkpoint runs/fewrel-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/random --task agnews --checkpoint runs/random/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/agnews-low --task agnews --checkpoint runs/agnews-low/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/agnews-high --task agnews --checkpoint runs/agnews-high/pretrain/bert-1-seed10[012]-* --seeds 5 --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 
 # ---- control: without the articles that share a passage with a test row of FewRel ----
-for s in 100 101; do python pretrain.py --runs-dir runs/clean --data clean --seed $s --set steps=4800 && python finetune.py --runs-dir runs/clean --checkpoint runs/clean/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
+for s in 100 101; do python pretrain.py --runs-dir runs/clean --data clean --seed $s --set steps=4800 && python finetune.py --runs-dir runs/clean --checkpoint runs/clean/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
 
 # ---- C4: a member of width 256; the runs of C1, their votes and their latency ----
 python pretrain.py --runs-dir runs/study --data study --model bert-1-wide --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-wide-seed100-* --no-scratch --set per_class=20
