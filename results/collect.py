@@ -73,7 +73,7 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     Intervals are over the test rows, but over seeds for several BERT-6s; a difference is that to
     their mean. "3, one wider": the third member has width 256. "agreement": on how many rows two
     members predict the same class, in %; "calibration error": of a member and of the vote of all
-    (results/votes.py).
+    (results/votes.py). "passes": over the labelled rows, in the fine-tuning.
     """
     runs_of: dict[str, dict[str, list[Path]]] = {}  # rows -> model -> runs
     same = ("model", "task", "rows_a_class", "pooling")
@@ -81,13 +81,15 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
             if (run["checkpoint"] or "").startswith("study/")
             and run["epochs"] == most_passes(list(finetuned.values()),
                                              **{field: run[field] for field in same})]
+    passes = {}
     for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
         runs, folder = name.split("/")
+        passes[rows_of(run)] = run["epochs"]
         of_model = runs_of.setdefault(rows_of(run), {})
         of_model.setdefault(run["model"], []).append(Path("runs") / runs / "finetune" / folder)
     records: dict[str, dict] = {}
     for rows, of_model in runs_of.items():
-        record = records[rows] = {}
+        record = records[rows] = {"passes": str(passes[rows])}
         members = of_model.get("bert-1", [])
         deep = [is_correct([run]) for run in of_model.get("bert-6", [])]
         if deep:

@@ -61,10 +61,5 @@ for s in 100 101; do python pretrain.py --runs-dir runs/clean --data clean --see
 
 # ---- C4: a member of width 256; the runs of C1, their votes and their latency ----
 python pretrain.py --runs-dir runs/study --data study --model bert-1-wide --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-wide-seed100-* --no-scratch --set per_class=20
-python committee.py --runs-dir runs/study --data study --members 6 --set steps=4800 --finetune-set per_class=20
+python committee.py --runs-dir runs/study --data study --members 3 --set steps=4800 --finetune-set per_class=20
 cp runs/study/committee/*/results.json results/committee-study.json
-
-# ---- C4 with lower fine-tuning rates, in a folder that collect.py does not read ----
-mkdir -p rates/pretrain && cp -r runs/study/pretrain/bert-6-seed0-* runs/study/pretrain/bert-1-seed10[012]-* rates/pretrain
-python committee.py --runs-dir rates --data study --members 3 --set steps=4800 --finetune-set per_class=20 matrix_lr=0.01 lr=1e-3
-cp rates/committee/*/results.json results/committee-rates.json

@@ -197,12 +197,14 @@ def table_c3(study: dict) -> str:
 
 def table_c4(study: dict) -> str:
     """The vote of several BERT-1s beside a BERT-6, on each set of rows that has both."""
-    votes = {rows: found for task in TASKS for rows, found in study["votes"].items()
-             if rows.startswith(f"{task}, {ROWS['rows_a_class']} ") and "bert-6" in found}
+    votes = {rows: study["votes"][rows] for task in TASKS for pooling in ("mean", "entities")
+             if "bert-6" in study["votes"].get(
+                 rows := f"{task}, {ROWS['rows_a_class']} rows, {pooling}", {})}
     head = []
     for rows in votes:
         task, _, pooling = rows.split(", ")
-        head.append(TASKS[task] + (", entities marked" if pooling == "entities" else ""))
+        star = "" if votes[rows].get("passes") == str(PASSES) else "*"
+        head.append(TASKS[task] + (", entities marked" if pooling == "entities" else "") + star)
     rows = [["BERT-6", *(found["bert-6"] for found in votes.values())]]
     sizes = [size for size in map(str, range(1, 10))
              if all(size in found for found in votes.values())]
