@@ -216,7 +216,8 @@ def table_c4(study: dict) -> str:
                      *(found[f"{size} minus bert-6"] for found in votes.values())])
     for key, title in (("3, one wider", "3 BERT-1s, one of width 256"),
                        ("3, one wider minus 3", "**the same minus 3 of width 128**")):
-        rows.append([title, *(found.get(key, "") for found in votes.values())])
+        if any(key in found for found in votes.values()):
+            rows.append([title, *(found.get(key, "") for found in votes.values())])
     rows.append(["two BERT-1s agree on, %", *(found["agreement"] for found in votes.values())])
     rows.append(["calibration error of a BERT-1, of the vote of all",
                  *(found["calibration error"] for found in votes.values())])
