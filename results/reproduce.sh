@@ -24,8 +24,8 @@ python data.py select study agnews-high --overlap high --task agnews --count 100
 # ---- C1 ----
 for s in 0 1 2; do python pretrain.py --runs-dir runs/study --data study --model bert-6 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-6-seed$s-* --set per_class=20; done
 for s in 100 101 102 103 104 105; do python pretrain.py --runs-dir runs/study --data study --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20; done
-python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed[012]-* --set per_class=20 pooling=entities
-python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[0-5]-* --set per_class=20 pooling=entities
+python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed[012]-* --set per_class=20 pooling=entities epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[0-5]-* --set per_class=20 pooling=entities epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=5 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=100 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=5 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
@@ -60,6 +60,6 @@ python finetune.py --runs-dir runs/agnews-high --task agnews --checkpoint runs/a
 for s in 100 101; do python pretrain.py --runs-dir runs/clean --data clean --seed $s --set steps=4800 && python finetune.py --runs-dir runs/clean --checkpoint runs/clean/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02; done
 
 # ---- C4: a member of width 256; the runs of C1, their votes and their latency ----
-python pretrain.py --runs-dir runs/study --data study --model bert-1-wide --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-wide-seed100-* --no-scratch --set per_class=20
+python pretrain.py --runs-dir runs/study --data study --model bert-1-wide --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-wide-seed100-* --no-scratch --set per_class=20 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 python committee.py --runs-dir runs/study --data study --members 3 --set steps=4800 --finetune-set per_class=20
 cp runs/study/committee/*/results.json results/committee-study.json
