@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import DataFolder, open_folder
 from finetune import interval, is_correct, make_tables, yardsticks
 from pretrain import choose_runtime, read_json
-from tables import most_passes
+from tables import newest
 from tokenizer import InputError, run_script, write_atomically
 from votes import agreement_and_errors
 
@@ -76,14 +76,11 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     (results/votes.py). "passes": over the labelled rows, in the fine-tuning.
     """
     runs_of: dict[str, dict[str, list[Path]]] = {}  # rows -> model -> runs
-    same = ("model", "task", "rows_a_class", "pooling")
-    ours = [(name, run) for name, run in finetuned.items()
-            if (run["checkpoint"] or "").startswith("study/")
-            and run["epochs"] == most_passes(list(finetuned.values()),
-                                             **{field: run[field] for field in same})]
-    passes = {}
-    for name, run in sorted(ours, key=lambda item: item[1]["seed"]):
-        runs, folder = name.split("/")
+    passes: dict[str, int] = {}
+    named = [run | {"name": name} for name, run in finetuned.items()
+             if (run["checkpoint"] or "").startswith("study/")]
+    for run in sorted(newest(named), key=lambda run: run["seed"]):
+        runs, folder = run["name"].split("/")
         passes[rows_of(run)] = run["epochs"]
         of_model = runs_of.setdefault(rows_of(run), {})
         of_model.setdefault(run["model"], []).append(Path("runs") / runs / "finetune" / folder)
@@ -112,12 +109,13 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
 
 
 def add_earlier(study: dict[str, dict[str, dict]]) -> None:
-    """Add what study.json holds already. Where both have a record, the earlier fields stay."""
+    """Add what study.json holds already. Where both have a record, the earlier one stays: a vote
+    must not mix two sets of runs. To replace a record, take it out of the file first.
+    """
     earlier = read_json(HERE / "study.json", *study)
     for kind, records in study.items():
-        before = earlier[kind]
-        merged = {name: record | before.get(name, {}) for name, record in records.items()}
-        study[kind] = before | merged
+        study[kind] = earlier[kind] | {name: record for name, record in records.items()
+                                       if name not in earlier[kind]}
 
 
 def lines_of(records: dict[str, dict]) -> str:

@@ -21,7 +21,7 @@ from matplotlib.patches import FancyBboxPatch
 from extras.plots import plot_accuracies, plot_attention, plot_losses
 from extras.plots import plot_sizes, save
 from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width
-from tables import joined, load, most_passes
+from tables import joined, load, newest
 
 # What the quick preset shares with the trials that it was chosen from
 QUICK = {"batch_size": 32, "lr": 0.003, "matrix_lr": 0.02, "mask_rate": 0.25}
@@ -82,7 +82,7 @@ def draw_minutes(trials: Path, out: Path) -> None:
 
 def plot_tasks(study: dict, axes: Axes) -> None:
     """From scratch and pre-trained: each task and model, with 20 rows a class."""
-    runs, labels = joined(study), []
+    runs, labels = newest(joined(study)), []
     cases = [("fewrel", "mean"), ("fewrel", "entities"), ("agnews", "mean"), ("dbpedia", "mean")]
     for task, pooling in cases:
         name = TASKS[task] + (", marked" if pooling == "entities" else "")
@@ -90,7 +90,6 @@ def plot_tasks(study: dict, axes: Axes) -> None:
             y = len(labels)
             labels.append(f"{name}, {title}")
             same = {"task": task, "model": model, "rows_a_class": 20, "pooling": pooling}
-            same["epochs"] = most_passes(runs, **same)
             for text, colour in ((None, "#D55E00"), ("study", "#0072B2")):
                 size = 90_000 if text else None
                 found = by_seed(runs, "accuracy", text=text, articles=size, **same)
@@ -109,7 +108,7 @@ def plot_tasks(study: dict, axes: Axes) -> None:
 
 def plot_row_counts(study: dict, axes: Axes) -> None:
     """The same for FewRel, against the number of labelled rows."""
-    runs = joined(study)
+    runs = newest(joined(study))
     known_at = {}
     for name, known in study["yardsticks"].items():
         task, rows, pooling = name.split(", ")
@@ -121,10 +120,8 @@ def plot_row_counts(study: dict, axes: Axes) -> None:
                                    (None, "from scratch", "#D55E00")):
             points = []
             for size in sorted(known_at):
-                same = {"task": "fewrel", "model": model, "pooling": "mean", "rows_a_class": size}
-                same["epochs"] = most_passes(runs, **same)
-                found = by_seed(runs, "accuracy", text=text, articles=90_000 if text else None,
-                                **same)
+                found = by_seed(runs, "accuracy", task="fewrel", model=model, pooling="mean",
+                                rows_a_class=size, text=text, articles=90_000 if text else None)
                 if found:
                     values = list(found.values())
                     points.append((size, np.mean(values), half_width(values)))

@@ -65,6 +65,20 @@ def joined(study: dict) -> list[dict]:
     return runs
 
 
+def newest(runs: Sequence[dict]) -> list[dict]:
+    """Of runs with the same model and labelled rows, those with the most passes over the rows.
+
+    Others were fine-tuned with the settings that quick had before.
+    """
+    def kind(run: dict) -> tuple:
+        return run["model"], run["task"], run["rows_a_class"], run["pooling"]
+
+    most: dict[tuple, int] = {}
+    for run in runs:
+        most[kind(run)] = max(run["epochs"], most.get(kind(run), 0))
+    return [run for run in runs if run["epochs"] == most[kind(run)]]
+
+
 def by_seed(runs: Sequence[dict], value: str, **wanted: object) -> dict[int, float]:
     """Seed of the pre-training -> a value of the runs with the wanted fields.
 
@@ -83,18 +97,12 @@ def differences(first: dict[int, float], second: dict[int, float]) -> list[float
     return [first[seed] - second[seed] for seed in first if seed in second]
 
 
-def most_passes(runs: Sequence[dict], **wanted: object) -> int:
-    """The most passes over the labelled rows of any run with the wanted fields; 0 without one."""
-    return max((run["epochs"] for run in runs
-                if all(run[field] == wish for field, wish in wanted.items())), default=0)
-
-
 def table_c1(study: dict) -> str:
     """Pre-trained against from scratch: tasks, numbers of labelled rows, both models.
 
     A star: not with quick's settings of today.
     """
-    runs = joined(study)
+    runs = newest(joined(study))
     rows = []
     for name, known in study["yardsticks"].items():
         task, rows_a_class, pooling = name.split(", ")
@@ -102,13 +110,12 @@ def table_c1(study: dict) -> str:
         for model, title in MODELS.items():
             same = {"task": task, "rows_a_class": int(rows_a_class.split()[0]),
                     "pooling": pooling, "model": model}
-            same["epochs"] = passes = most_passes(runs, **same)
             after = by_seed(runs, "accuracy", **same, text="study", articles=90_000,
                             pretrain_steps=STEPS)
             scratch = by_seed(runs, "accuracy", **same, text=None)
             gaps = differences(after, scratch)
             if gaps:
-                star = "" if passes == PASSES else "*"
+                star = "" if PASSES in by_seed(runs, "epochs", **same).values() else "*"
                 rows.append([f"{TASKS[task]}{marks}", f"{same['rows_a_class']}{star}", title,
                              str(len(gaps)), shown([known["logistic regression"]]),
                              shown(list(after.values())), shown(list(scratch.values())),
@@ -197,14 +204,13 @@ def table_c3(study: dict) -> str:
 
 def table_c4(study: dict) -> str:
     """The vote of several BERT-1s beside a BERT-6, on each set of rows that has both."""
-    votes = {rows: study["votes"][rows] for task in TASKS for pooling in ("mean", "entities")
-             if "bert-6" in study["votes"].get(
-                 rows := f"{task}, {ROWS['rows_a_class']} rows, {pooling}", {})}
-    head = []
-    for rows in votes:
-        task, _, pooling = rows.split(", ")
-        star = "" if votes[rows].get("passes") == str(PASSES) else "*"
-        head.append(TASKS[task] + (", entities marked" if pooling == "entities" else "") + star)
+    votes = {}  # title of the column -> the votes on its rows
+    for task, title in TASKS.items():
+        for pooling, marks in (("mean", ""), ("entities", ", entities marked")):
+            found = study["votes"].get(f"{task}, {ROWS['rows_a_class']} rows, {pooling}", {})
+            if "bert-6" in found:
+                star = "" if found.get("passes") == str(PASSES) else "*"
+                votes[title + marks + star] = found
     rows = [["BERT-6", *(found["bert-6"] for found in votes.values())]]
     sizes = [size for size in map(str, range(1, 10))
              if all(size in found for found in votes.values())]
@@ -221,7 +227,7 @@ def table_c4(study: dict) -> str:
     rows.append(["two BERT-1s agree on, %", *(found["agreement"] for found in votes.values())])
     rows.append(["calibration error of a BERT-1, of the vote of all",
                  *(found["calibration error"] for found in votes.values())])
-    return table_of(["", *head], rows)
+    return table_of(["", *votes], rows)
 
 
 def insert_tables(text: str) -> str:
