@@ -142,7 +142,7 @@ def train_in_process(model: Model, job: Job, threads: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Wait until the parent process is gone, perhaps killed; then end as SIGTERM does."""
+    """Wait until the parent process is gone, perhaps killed; then save the state and end."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
