@@ -1059,7 +1059,8 @@ def _read_fewrel(path: Path, names_path: Path, markers: bool) -> RawTask:
         classes: list[str] = []
         rows: Rows = []
         for number, (relation, instances) in enumerate(relations.items()):
-            classes.append(str(names[relation][0]) if relation in names else relation)
+            name = str(names[relation][0]) if relation in names else relation
+            classes.append(without_surrogates(name))
             rows += [(fewrel_text(instance, markers), number) for instance in instances]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not FewRel's layout ({type(error).__name__}: {error}). "

@@ -158,6 +158,12 @@ def test_official_layouts(raw: Path) -> None:
     assert rows[0] == ('train content 1 0 about "japan"', 0)
 
 
+def test_a_name_of_a_relation_that_utf8_cannot_write(tmp_path: Path) -> None:
+    names = write_raw_folder(tmp_path) / "fewrel/pid2name.json"
+    names.write_text(json.dumps({"P1": ["half of a \ud83d pair"]}), encoding="utf-8")
+    assert read_task("fewrel", tmp_path)[0] == ["half of a ? pair", "P2", "P3"]
+
+
 def read_with_test(path: Path) -> data.RawTask:
     test = path.with_name("test.csv")
     test.write_text("label,text\nchina,x\n", encoding="utf-8")
