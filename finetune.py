@@ -25,15 +25,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import UNKNOWN_WARNING, DataFolder, DeviceTable, Rows, Task, TokenTable, encode_texts
-from data import rows_a_class, setting_differences, text_lines, to_device, unknown_share
+from data import UNKNOWN_WARNING, DataFolder, Rows, Task, TokenTable, damage_named, encode_texts
+from data import read_json, rows_a_class, setting_differences, text_lines, unknown_share
 from model import MODELS, POOLINGS, BertConfig, Classifier, Committee, vote
 from pretrain import PRESETS as PRETRAIN_PRESETS
-from pretrain import Batches, Recipe, Run, Runtime, add_run_flags, base_config, choose_runtime
-from pretrain import chosen_recipe, config_of, damage_named, data_of, fields_help, load_checkpoint
-from pretrain import load_settings, load_weights, open_data, option, read_json, settings_hash
-from pretrain import tokenizer_of, train, weights_hash, whole_number
-from tokenizer import ENTITIES, FIRST_PIECE, InputError, Parser, run_script, write_atomically
+from pretrain import Batches, DeviceTable, Recipe, Run, Runtime, add_run_flags, base_config
+from pretrain import choose_runtime, chosen_recipe, config_of, data_of, fields_help, load_checkpoint
+from pretrain import load_settings, load_weights, open_data, option, settings_hash, to_device
+from pretrain import tokenizer_of, train, weights_hash
+from tokenizer import ENTITIES, FIRST_PIECE, InputError, Parser, run_script, whole_number
+from tokenizer import write_atomically
 
 
 # Training rows of a class; 0: the task's own number
@@ -446,7 +447,7 @@ def check_checkpoints(checkpoints: Sequence[Path], data: DataFolder) -> None:
             raise InputError(f"{data.path}: its tokenizer is not that of {checkpoint}. Make a "
                              "folder with data.py prepare NAME --tokenizer "
                              f"{checkpoint / 'tokenizer.model'}")
-        positions = config_of(checkpoint).max_length
+        positions = settings["config"]["max_length"]
         if positions < data.max_length:
             raise InputError(f"{data.path}: texts of {data.max_length} tokens, and {checkpoint} "
                              f"reads {positions}. Make a folder with --max-length {positions}")

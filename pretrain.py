@@ -19,7 +19,6 @@ References
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -50,12 +49,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataFolder, DeviceTable, Request, TokenTable, batch_order, data_path
-from data import default_name, file_lock, open_folder, prepare, setting_differences
+from data import DataFolder, Request, TokenTable, damage_named, data_path, default_name, file_lock
+from data import open_folder, prepare, read_json, setting_differences
 from model import MODELS, NORMS, BertConfig, MaskedLM, StackedLinear, count_parameters
 from model import named_config
-from tokenizer import CLS, FIRST_PIECE, MASK, SEP, InputError, Parser, Tokenizer
-from tokenizer import full_disk_named, run_script, without_surrogates, write_atomically
+from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, InputError, Parser, Tokenizer
+from tokenizer import full_disk_named, run_script, whole_number, without_surrogates
+from tokenizer import write_atomically
 
 EVALUATION_MASK_RATE = 0.15  # always, so that losses can be compared
 SAVE_SECONDS = 60.0  # between two checkpoints
@@ -308,7 +308,33 @@ def schedule(recipe: Recipe, step: int, steps: int) -> float:
     return (step + 1) / warmup if step < warmup else (steps - step) / (steps - warmup)
 
 
-# ---- the loop ------------------------------------------------------------------------------------
+# ---- batches -------------------------------------------------------------------------------------
+
+
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device. On a CUDA GPU, the copy queues behind other work: no waiting."""
+    return torch.from_numpy(x).to(device, non_blocking=device.type == "cuda")
+
+
+class DeviceTable:
+    """A token table on the training device. Its tokens are copied there once. For a batch, only two
+    numbers of each text follow: where it begins, and its length.
+    """
+
+    def __init__(self, table: TokenTable, device: torch.device) -> None:
+        self.device, self.max_length = device, table.max_length
+        self.tokens = torch.from_numpy(table.tokens.astype(np.int32)).to(device)
+        self.offsets, self.lengths = table.offsets, table.lengths
+
+    def batch(self, texts: np.ndarray) -> Tensor:
+        """Indices of texts -> input_ids (B, T) int64, with PAD behind shorter texts."""
+        longest = int(self.lengths[texts].max())
+        padded = min(-(-longest // 8) * 8, self.max_length)  # a multiple of 8, so shapes are few
+        place = np.stack([self.offsets[texts], self.lengths[texts]])
+        start, length = to_device(place, self.device)[:, :, None]  # each (B, 1)
+        column = torch.arange(padded, device=self.device)
+        index = (start + column).clamp_(max=len(self.tokens) - 1)
+        return torch.where(column < length, self.tokens[index], PAD).long()
 
 
 class Batches:
@@ -329,9 +355,25 @@ class Batches:
         epoch, index = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch = epoch
-            self.order = batch_order(self.lengths, self.batch_size, self.seed, epoch,
-                                     self.like_length)
+            self.order = self.order_of(epoch)
         return self.order[index]
+
+    def order_of(self, epoch: int) -> list[np.ndarray]:
+        """The batches of an epoch. The last one may be smaller."""
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(len(self.lengths))
+        size = self.batch_size
+        if not self.like_length:
+            return [order[i : i + size] for i in range(0, len(order), size)]
+        batches = []
+        for start in range(0, len(order), 64 * size):  # sort within blocks of 64 batches,
+            block = order[start : start + 64 * size]
+            block = block[np.argsort(self.lengths[block], kind="stable")]
+            batches += [block[i : i + size] for i in range(0, len(block), size)]
+        return [batches[i] for i in rng.permutation(len(batches))]  # then shuffle the batches
+
+
+# ---- the loop ------------------------------------------------------------------------------------
 
 
 def train(run: Run, model: nn.Module, recipe: Recipe, batches: Batches,
@@ -645,8 +687,6 @@ def result_record(settings: dict, **figures: Any) -> dict:
         cpu = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))[0]
     machine = {"system": platform.platform(terse=True), "cpu": cpu, "cores": os.cpu_count(),
                "threads": torch.get_num_threads()}
-    if torch.cuda.is_initialized():  # a GPU was used
-        machine["gpu"] = torch.cuda.get_device_name()
     here = Path(__file__).resolve().parent
     git = None
     with contextlib.suppress(OSError):  # there is no git
@@ -682,38 +722,12 @@ def write_json(path: Path, record: dict) -> None:
         file.write(json.dumps(record, indent=1) + "\n")
 
 
-@contextlib.contextmanager
-def damage_named(path: Path) -> Iterator[None]:
-    """Turn whatever a damaged file raises into one line that names it.
-
-    json, numpy and torch raise a dozen kinds of error, all of which mean the same here.
-    """
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        what = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise InputError(f"{path}: cannot be read ({what}). Is it the right folder? If so, the run "
-                         "is damaged or of another version: delete it, and make it again") from None
-
-
-def read_json(path: Path, *required: str) -> dict:
-    """A JSON object of a run folder. Raises InputError if it is damaged or lacks a key."""
-    with damage_named(path):
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
-        for key in required:
-            record[key]  # noqa: B018 - a KeyError says that it is missing
-        return record
-
-
 def load_settings(folder: Path, kind: str) -> dict:
     """The settings of a run. kind: "pretrain" or "finetune". Raises InputError."""
-    path = folder / "config.json"
-    if read_json(path, "kind")["kind"] != kind:
+    settings = read_json(folder / "config.json", "kind", "model", "config", "seed", "tokenizer")
+    if settings["kind"] != kind:
         raise InputError(f"{folder}: not a {kind} run; name a folder in runs/{kind}")
-    own = "model" if kind == "pretrain" else "classes"
-    return read_json(path, "config", "seed", "tokenizer", own)
+    return settings
 
 
 def config_of(folder: Path) -> BertConfig:
@@ -986,15 +1000,6 @@ def show(folder: Path, text: str) -> None:
 
 
 # ---- command line --------------------------------------------------------------------------------
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, `least` or more."""
-    def parse(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return int(text)
-    return parse
 
 
 def add_run_flags(parser: Parser) -> None:

@@ -143,6 +143,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}{hint} ({self.prog} --help lists all flags)\n")
 
 
+def whole_number(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number, `least` or more."""
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+    return parse
+
+
 def without_surrogates(text: str) -> str:
     """The text with "?" for each lone surrogate, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -259,7 +268,8 @@ def main() -> None:
     add = parser.add_argument
     add("--model", type=Path, required=True, help="the .model file to write (--train) or to use")
     add("--train", nargs="+", metavar="FILE", help="articles, as data.py reads them")
-    add("--vocab-size", type=int, default=8_000, help="pieces (default %(default)s; paper 30522)")
+    add("--vocab-size", type=whole_number(1), default=8_000,
+        help="pieces (default %(default)s; paper 30522)")
     add("--show", metavar="TEXT", help="print the pieces and ids of a text")
     add("--decode", nargs="+", type=int, metavar="ID", help="print the text of these ids")
     args = parser.parse_args()

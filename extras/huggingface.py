@@ -30,9 +30,10 @@ from tokenizers import Tokenizer as FastTokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from data import read_json
 from finetune import load_classifier, start_of
 from model import INIT_STD, BertConfig, Classifier, MaskedLM
-from pretrain import Run, choose_runtime, load_masked_lm, load_settings, read_json, save_tensors
+from pretrain import Run, choose_runtime, load_masked_lm, load_settings, save_tensors
 from pretrain import tokenizer_of, weights_hash
 from tokenizer import CLS, FIRST_PIECE, PAD, SEP, SPECIAL_PIECES, UNK, InputError, Parser
 from tokenizer import Tokenizer, run_script, write_atomically

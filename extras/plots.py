@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data import damage_named, read_json
 from finetune import check_finished
 from model import attention_weights
-from pretrain import damage_named, encode_with_masks, load_masked_lm, load_settings, read_json
+from pretrain import encode_with_masks, load_masked_lm, load_settings
 from tokenizer import InputError, Parser, run_script, write_atomically
 
 MOST_TOKENS = 40

@@ -17,9 +17,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import DataFolder, open_folder
+from data import DataFolder, open_folder, read_json
 from finetune import interval, is_correct, make_tables, yardsticks
-from pretrain import choose_runtime, read_json
+from pretrain import choose_runtime
 from tables import newest
 from tokenizer import InputError, run_script, write_atomically
 from votes import agreement_and_errors

@@ -17,10 +17,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import run_script
+from data import read_json, run_script
 from finetune import load_logits
 from model import vote
-from pretrain import read_json
 
 
 def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:

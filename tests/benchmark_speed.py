@@ -43,13 +43,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from committee import measure_latency
-from data import DataFolder, DeviceTable, InputError, TokenTable, data_path, decode_texts
+from data import DataFolder, InputError, TokenTable, data_path, decode_texts
 from data import encode_texts, open_folder, run_script
 from finetune import PRESETS as FINETUNE_PRESETS
 from finetune import Start, TaskTables, finetune, make_tables
 from model import MODELS, Attention, BertConfig, Classifier, Committee, MaskedLM
-from pretrain import PRESETS, Runtime, base_config, choose_runtime, pretrain, result_record
-from pretrain import write_json
+from pretrain import PRESETS, DeviceTable, Runtime, base_config, choose_runtime, pretrain
+from pretrain import result_record, write_json
 from reference_recipe import Reference, build, make_optimizer, padded, pretraining_step
 from reference_recipe import training_step
 from tokenizer import FIRST_PIECE, PAD

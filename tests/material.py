@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import VITAL_WHEEL, DataFolder, DeviceTable, Request, Task, encode_texts, prepare
+from data import VITAL_WHEEL, DataFolder, Request, Task, encode_texts, prepare
 from finetune import TaskTables
-from pretrain import PretrainRecipe, Runtime, pretrain
+from pretrain import DeviceTable, PretrainRecipe, Runtime, pretrain
 from tokenizer import Tokenizer, train_tokenizer
 
 SUBJECTS = ("river city king painter engine protein village singer "

@@ -27,8 +27,8 @@ from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassificat
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import DeviceTable, InputError, TokenTable, run_script
-from pretrain import Runtime, choose_runtime, data_of, held_out_loss, load_settings, read_json
+from data import InputError, TokenTable, read_json, run_script
+from pretrain import DeviceTable, Runtime, choose_runtime, data_of, held_out_loss, load_settings
 from pretrain import result_record, write_json
 from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP
 

@@ -1,4 +1,4 @@
-"""Tokenizer, article files, tasks and their splits, leaks, batches, data folders, selections."""
+"""Tokenizer, article files, tasks and their splits, leaks, data folders, selections."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import data
-from data import (Article, DataFolder, DeviceTable, InputError, Request, Rows, Task, TokenTable,
+from data import (Article, DataFolder, InputError, Request, Rows, Task, TokenTable,
                   decode_texts, encode_texts, pretraining_articles, read_article_file, read_task,
                   read_task_files, text_key)
 from material import (articles, corpus_of, prepared_folder, small_tokenizer, write_articles,
                       write_raw_folder, write_task_file, write_vital)
-from tokenizer import CLS, FIRST_PIECE, MASK, PAD, SEP, UNK, Tokenizer
+from tokenizer import CLS, FIRST_PIECE, MASK, SEP, UNK, Tokenizer
 from tokenizer import train_tokenizer, training_texts
 
 PARTS = ("train", "dev", "test")
@@ -257,13 +256,6 @@ def test_dev_and_test_texts_are_left_out_of_the_articles(tmp_path: Path) -> None
     assert {article.text for article in train + held_out} == set(kept)
 
 
-def test_a_python_without_pip_is_told_what_to_do(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="which this Python lacks.*--articles"):
-        data.vital_extracts(tmp_path)
-
-
 def test_one_file_is_split_by_text_with_exact_counts(raw: Path) -> None:
     parts = read_task("fewrel", raw)
     for seed in range(5):
@@ -337,26 +329,6 @@ def test_a_token_table_holds_the_tokens_end_to_end() -> None:
     part = table.subset(np.array([3, 7]))
     assert token_lists(part) == [expected[3], expected[7]]
     assert decode_texts(part, TOKENIZER)[1] == TOKENIZER.decode(expected[7]).replace(" ", "")
-
-
-@pytest.mark.parametrize("like_length", [False, True])
-def test_batches_hold_each_text_once_in_an_order_that_repeats(like_length: bool) -> None:
-    table = encode_texts([text[: 20 + i] for i, text in enumerate(TEXTS[:101])], TOKENIZER, 64)
-    batches = data.batch_order(table.lengths, 8, seed=1, epoch=2, like_length=like_length)
-    again = data.batch_order(table.lengths, 8, 1, 2, like_length)
-    later = data.batch_order(table.lengths, 8, 1, 3, like_length)
-    assert sorted(np.concatenate(batches)) == list(range(101)) and len(batches) == 13
-    assert np.array_equal(np.concatenate(batches), np.concatenate(again))
-    assert not np.array_equal(np.concatenate(batches), np.concatenate(later))
-    device_table, rows = DeviceTable(table, torch.device("cpu")), token_lists(table)
-    padded = 0
-    for batch in batches:
-        ids = device_table.batch(batch)
-        T = ids.size(1)
-        assert ids.dtype == torch.int64 and T % 8 == 0 and T - table.lengths[batch].max() < 8
-        assert ids.tolist() == [rows[i] + [PAD] * (T - len(rows[i])) for i in batch]
-        padded += ids.numel()
-    assert (padded < 1.15 * len(table.tokens)) == like_length
 
 
 def test_a_folder_holds_what_it_was_made_from(folder: DataFolder) -> None:

@@ -20,11 +20,11 @@ import torch
 import finetune as finetuning
 import pretrain as pretraining
 from data import DataFolder, InputError, Request, Task, load_table, open_folder, prepare
-from data import read_metadata, save_array
+from data import read_json, read_metadata, save_array
 from finetune import Predictor, finetune, load_logits, start_of
 from material import on_cpu, prepared_folder, pretrain_run, small_tokenizer
 from material import tables_of, write_articles
-from pretrain import PRESETS, is_out_of_memory, load_checkpoint, read_json
+from pretrain import PRESETS, is_out_of_memory, load_checkpoint
 from tokenizer import full_disk_named, save_tokenizer
 
 STEPS = [1, 2, 3, 4, 5, 6, 7, 8]

@@ -21,10 +21,10 @@ from torch.utils._pytree import tree_leaves
 
 import model as modelling
 import pretrain as pretraining
-from data import DataFolder, DeviceTable
+from data import DataFolder
 from model import MODELS, Attention, Classifier, Committee, MaskedLM, named_config, stack, vote
-from pretrain import (PRESETS, PretrainRecipe, Runtime, fill_mask, load_checkpoint, load_masked_lm,
-                      make_optimizers, mask_tokens, mlm_loss, pretrain)
+from pretrain import (PRESETS, DeviceTable, PretrainRecipe, Runtime, fill_mask, load_checkpoint,
+                      load_masked_lm, make_optimizers, mask_tokens, mlm_loss, pretrain)
 from tokenizer import CLS, FIRST_PIECE
 
 SMOKE = PRESETS["smoke"]

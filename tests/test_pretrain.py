@@ -1,4 +1,4 @@
-"""Masking, optimizers, schedule, exact resume, what a run folder promises."""
+"""Masking, batches, optimizers, schedule, exact resume, what a run folder promises."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 import pretrain as pretraining
-from data import DataFolder, InputError
-from material import on_cpu, pretrain_run, small_tokenizer
+from data import DataFolder, InputError, encode_texts
+from material import articles, on_cpu, pretrain_run, small_tokenizer
 from model import Classifier, Committee, MaskedLM, named_config
-from pretrain import (PRESETS, Muon, Recipe, chosen_recipe, encode_with_masks, fields_help,
-                      load_checkpoint, load_masked_lm, make_optimizers, mask_tokens, orthogonalise,
-                      schedule, show, unigram_loss)
+from pretrain import (PRESETS, Batches, DeviceTable, Muon, Recipe, chosen_recipe,
+                      encode_with_masks, fields_help, load_checkpoint, load_masked_lm,
+                      make_optimizers, mask_tokens, orthogonalise, schedule, show, unigram_loss)
 from tokenizer import CLS, FIRST_PIECE, MASK, PAD
 
 SMOKE = PRESETS["smoke"]
@@ -132,6 +132,33 @@ def test_every_seed_and_step_has_its_own_masks(corpus: DataFolder, tmp_path: Pat
     for seed in (0, 1, 2):
         pretrain_run("bert-1", replace(SMOKE, steps=3), corpus, seed, tmp_path)
     assert len(draws) == 9 == len(set(draws))
+
+
+# ---- batches -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("like_length", [False, True])
+def test_batches_hold_each_text_once_in_an_order_that_repeats(like_length: bool) -> None:
+    texts = [article["text"][: 20 + i] for i, article in enumerate(articles(101))]
+    table = encode_texts(texts, small_tokenizer(), 64)
+    recipe = Recipe(batch_size=8, epochs=2)
+    batches, again = (Batches(table.lengths, recipe, 1, like_length) for _ in range(2))
+    assert batches.steps == 26
+    first, second = ([batches[step] for step in steps] for steps in (range(13), range(13, 26)))
+    assert sorted(np.concatenate(first)) == sorted(np.concatenate(second)) == list(range(101))
+    assert not np.array_equal(np.concatenate(first), np.concatenate(second))
+    assert np.array_equal(again[20], second[7])  # as after a resume
+    device_table = DeviceTable(table, torch.device("cpu"))
+    padded = 0
+    for batch in first:
+        ids = device_table.batch(batch)
+        T = ids.size(1)
+        assert ids.dtype == torch.int64 and T % 8 == 0 and T - table.lengths[batch].max() < 8
+        for i, row in zip(batch, ids.tolist()):
+            tokens = table.tokens[table.offsets[i] : table.offsets[i + 1]].tolist()
+            assert row == tokens + [PAD] * (T - len(tokens))
+        padded += ids.numel()
+    assert (padded < 1.15 * len(table.tokens)) == like_length
 
 
 # ---- recipes, schedule, optimizers ---------------------------------------------------------------

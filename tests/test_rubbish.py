@@ -20,11 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
-from data import InputError, open_folder, read_article_file, read_dump
+from data import InputError, open_folder, read_article_file, read_dump, read_json
 from data import read_task, read_task_files, sample_task, vital_extracts
 from material import COUNT, articles, prepared_folder, record_reliability, small_tokenizer
 from material import write_raw_folder, write_task_file
-from pretrain import read_json
 from test_scripts import SCRIPTS, call
 from tokenizer import Tokenizer
 
