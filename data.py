@@ -1052,11 +1052,11 @@ def _read_topics(raw_dir: Path) -> RawTask:
 
 
 def _read_fewrel(path: Path, names_path: Path, markers: bool) -> RawTask:
-    with damage_named(path, "It has not FewRel's layout. Delete it to fetch it again"):
-        relations = json.loads(path.read_text(encoding="utf-8"))
-        names = json.loads(names_path.read_text(encoding="utf-8"))
-        classes: list[str] = []
-        rows: Rows = []
+    advice = "It is not FewRel's file. Delete it to fetch it again"
+    relations, names = read_json(path, advice=advice), read_json(names_path, advice=advice)
+    classes: list[str] = []
+    rows: Rows = []
+    with damage_named(path, advice):
         for number, (relation, instances) in enumerate(relations.items()):
             name = str(names[relation][0]) if relation in names else relation
             classes.append(without_surrogates(name))
