@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +17,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from extras.plots import plot_accuracies, plot_attention, plot_losses
-from extras.plots import plot_sizes, save
+from extras.plots import plot_attention, plot_losses, plot_sizes, save
 from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width
 from tables import joined, load, newest
 
-# What the quick preset shares with the trials that it was chosen from
-QUICK = {"batch_size": 32, "lr": 0.003, "matrix_lr": 0.02, "mask_rate": 0.25}
 SENTENCE = "Paris is the capital of France."
 BOXES = [  # of the flow: title, what it is, the script that makes it, colour
     ("text", "openings of\nWikipedia articles", "data.py", "#E8E8E8"),
@@ -51,28 +47,23 @@ def draw_flow(out: Path) -> None:
     save(figure, out)
 
 
-def draw_minutes(trials: Path, out: Path) -> None:
+def draw_minutes(runs: list[dict], out: Path) -> None:
     """Loss and dev accuracy after pre-trainings of other lengths, each with its own schedule.
 
     The minutes are steps times the seconds of a step in the default run. There, two models train
     at a time and nothing else runs.
     """
-    runs = json.loads(trials.read_text(encoding="utf-8"))["runs"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for model, colour, marker in (("bert-6", "#0072B2", "o"), ("bert-1", "#D55E00", "s")):
-        default = json.loads((RESULTS / f"models/{model}/results.json").read_text(encoding="utf-8"))
+        default = load(f"models/{model}/results.json")
         minutes_a_step = default["seconds"] / default["steps"] / 60
-        points = []
-        for run in runs:
-            is_quick = run["changed"] == QUICK | {"steps": run["changed"]["steps"]}
-            if run["model"] == model and run["positions"] == "learned" and is_quick:
-                loss = list(run["held_out_loss"].values())[-1]
-                accuracy = sum(run["dev_accuracy"]) / len(run["dev_accuracy"])
-                points.append((run["changed"]["steps"] * minutes_a_step, loss, accuracy))
-        minutes, losses, accuracies = zip(*sorted(points))
+        of_model = [run for run in runs if run["model"] == model]
+        minutes = [run["steps"] * minutes_a_step for run in of_model]
+        losses = [run["held_out_loss"] for run in of_model]
+        accuracies = [np.mean(run["dev_accuracy"]) for run in of_model]
         left.plot(minutes, losses, color=colour, marker=marker, label=model)
         right.plot(minutes, accuracies, color=colour, marker=marker, label=model)
-    left.axhline(runs[0]["unigram_loss"], color="0.4", linestyle="--", label="unigram baseline")
+    left.axhline(default["unigram_loss"], color="0.4", linestyle="--", label="unigram baseline")
     left.set(xlabel="minutes of pre-training on one core", ylabel="held-out loss in nats")
     right.set(xlabel="minutes of pre-training on one core", ylabel="accuracy on dev rows in %")
     left.legend()
@@ -236,10 +227,9 @@ def main() -> None:
     pictures, models = RESULTS / "figures", RESULTS / "models"
     pictures.mkdir(exist_ok=True)
     draw_flow(pictures / "flow.png")
-    draw_minutes(RESULTS / "default-trials.json", pictures / "minutes.png")
+    draw_minutes(load("default-trials.json")["minutes"], pictures / "minutes.png")
     plot_losses([models / "bert-6", models / "bert-1"], pictures / "losses.png")
     plot_attention(models / "bert-1", SENTENCE, pictures / "attention.png")
-    plot_accuracies(RESULTS / "committee-topics-quick.json", pictures / "accuracies.png")
     plot_sizes(RESULTS / "committee-topics-quick.json", pictures / "sizes.png")
     study = load("study.json")
     draw_c1(study, pictures / "c1.png")

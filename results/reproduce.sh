@@ -21,10 +21,15 @@ python data.py select study agnews-low --overlap low --task agnews --count 10000
 python data.py select study clean --clean --task fewrel
 python data.py select study agnews-high --overlap high --task agnews --count 10000
 
+# ---- FewRel in ten and twenty minutes; the second pre-training is one of C2 ----
+for s in 100 101 102; do python pretrain.py --runs-dir runs/20000-2000 --data study --max-articles 20000 --seed $s --set steps=2000 && python finetune.py --runs-dir runs/20000-2000 --task fewrel --checkpoint runs/20000-2000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 && python finetune.py --runs-dir runs/20000-2000 --data study-marked --checkpoint runs/20000-2000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 pooling=entities; done
+for s in 100 101 102; do python pretrain.py --runs-dir runs/20000 --data study --max-articles 20000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/20000 --task fewrel --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 && python finetune.py --runs-dir runs/20000 --data study-marked --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 pooling=entities; done
+
 # ---- C1 ----
 for s in 0 1 2; do python pretrain.py --runs-dir runs/study --data study --model bert-6 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-6-seed$s-* --set per_class=20; done
 for s in 100 101 102 103 104 105; do python pretrain.py --runs-dir runs/study --data study --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20; done
 python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed[012]-* --set per_class=20 pooling=entities epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=20 pooling=entities
 python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed10[0-5]-* --set per_class=20 pooling=entities epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=5 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
 python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=100 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
