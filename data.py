@@ -134,7 +134,8 @@ def damage_named(path: Path, advice: str = DELETE_RUN) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        what = error.strerror if isinstance(error, OSError) else type(error).__name__
+        # Some OSErrors have no strerror: those of gzip and bz2
+        what = getattr(error, "strerror", None) or type(error).__name__
         raise InputError(f"{path}: cannot be read ({what}). {advice}") from None
 
 

@@ -133,6 +133,7 @@ def read_damaged(raw: Path, name: str, damage: Callable[[bytes], bytes]) -> str:
         return "data"
     except InputError as error:
         message = str(error)
+        assert "(None)" not in message
         assert "\n" not in message and len(message) < 1000
         named = [path.name.partition(".")[0], name.partition("/")[0], "task "]
         assert any(part in message for part in named), message
