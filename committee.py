@@ -40,8 +40,7 @@ from model import MODELS, Committee, count_parameters
 from pretrain import PRESETS as PRETRAIN_PRESETS
 from pretrain import PretrainRecipe, Runtime, add_run_flags, choose_runtime, chosen_recipe
 from pretrain import fields_help, fill_mask, keep_freed_memory, load_masked_lm, open_data
-from pretrain import pretrain, result_record, settings_hash, stop_signals
-from pretrain import write_json
+from pretrain import pretrain, result_record, settings_hash, stop_signals, write_json
 from tokenizer import UNK, InputError, Parser, run_script, whole_number
 
 MEMBERS = {"paper": 6, "quick": 4, "smoke": 2}  # of a committee

