@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import DataFolder, open_folder, read_json
 from finetune import interval, is_correct, make_tables, yardsticks
 from pretrain import choose_runtime
-from tables import newest
 from tokenizer import InputError, run_script, write_atomically
 from votes import agreement_and_errors
 
@@ -73,20 +72,18 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     Intervals are over the test rows, but over seeds for several BERT-6s; a difference is that to
     their mean. "3, one wider": the third member has width 256. "agreement": on how many rows two
     members predict the same class, in %; "calibration error": of a member and of the vote of all
-    (results/votes.py). "passes": over the labelled rows, in the fine-tuning.
+    (results/votes.py).
     """
     runs_of: dict[str, dict[str, list[Path]]] = {}  # rows -> model -> runs
-    passes: dict[str, int] = {}
-    named = [run | {"name": name} for name, run in finetuned.items()
-             if (run["checkpoint"] or "").startswith("study/")]
-    for run in sorted(newest(named), key=lambda run: run["seed"]):
-        runs, folder = run["name"].split("/")
-        passes[rows_of(run)] = run["epochs"]
+    for name, run in sorted(finetuned.items(), key=lambda item: item[1]["seed"]):
+        runs, folder = name.split("/")
+        if runs != "study" or not run["checkpoint"]:
+            continue
         of_model = runs_of.setdefault(rows_of(run), {})
         of_model.setdefault(run["model"], []).append(Path("runs") / runs / "finetune" / folder)
     records: dict[str, dict] = {}
     for rows, of_model in runs_of.items():
-        record = records[rows] = {"passes": str(passes[rows])}
+        record = records[rows] = {}
         members = of_model.get("bert-1", [])
         deep = [is_correct([run]) for run in of_model.get("bert-6", [])]
         if deep:

@@ -18,8 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from extras.plots import plot_attention, plot_losses, plot_sizes, save
-from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width
-from tables import joined, load, newest
+from tables import MODELS, ROWS, TASKS, by_seed, c2_lines, half_width, joined, load
 
 SENTENCE = "Paris is the capital of France."
 BOXES = [  # of the flow: title, what it is, the script that makes it, colour
@@ -73,7 +72,7 @@ def draw_minutes(runs: list[dict], out: Path) -> None:
 
 def plot_tasks(study: dict, axes: Axes) -> None:
     """From scratch and pre-trained: each task and model, with 20 rows a class."""
-    runs, labels = newest(joined(study)), []
+    runs, labels = joined(study), []
     cases = [("fewrel", "mean"), ("fewrel", "entities"), ("agnews", "mean"), ("dbpedia", "mean")]
     for task, pooling in cases:
         name = TASKS[task] + (", marked" if pooling == "entities" else "")
@@ -99,7 +98,7 @@ def plot_tasks(study: dict, axes: Axes) -> None:
 
 def plot_row_counts(study: dict, axes: Axes) -> None:
     """The same for FewRel, against the number of labelled rows."""
-    runs = newest(joined(study))
+    runs = joined(study)
     known_at = {}
     for name, known in study["yardsticks"].items():
         task, rows, pooling = name.split(", ")

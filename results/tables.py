@@ -23,8 +23,7 @@ from finetune import interval
 
 TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
 MODELS = {"bert-6": "BERT-6", "bert-1": "BERT-1"}
-PASSES = 15  # of quick's fine-tuning. Runs with fewer have its settings before (reproduce.sh)
-ROWS = {"rows_a_class": 20, "pooling": "mean", "epochs": 10}  # of tables C2 and C3
+ROWS = {"rows_a_class": 20, "pooling": "mean"}  # of tables C2 and C3
 STEPS = 4_800  # of the study's pre-trainings, unless a table says otherwise
 
 
@@ -65,20 +64,6 @@ def joined(study: dict) -> list[dict]:
     return runs
 
 
-def newest(runs: Sequence[dict]) -> list[dict]:
-    """Of runs with the same model and labelled rows, those with the most passes over the rows.
-
-    Others were fine-tuned with the settings that quick had before.
-    """
-    def kind(run: dict) -> tuple:
-        return run["model"], run["task"], run["rows_a_class"], run["pooling"]
-
-    most: dict[tuple, int] = {}
-    for run in runs:
-        most[kind(run)] = max(run["epochs"], most.get(kind(run), 0))
-    return [run for run in runs if run["epochs"] == most[kind(run)]]
-
-
 def by_seed(runs: Sequence[dict], value: str, **wanted: object) -> dict[int, float]:
     """Seed of the pre-training -> a value of the runs with the wanted fields.
 
@@ -98,12 +83,8 @@ def differences(first: dict[int, float], second: dict[int, float]) -> list[float
 
 
 def table_c1(study: dict) -> str:
-    """Pre-trained against from scratch: tasks, numbers of labelled rows, both models.
-
-    A star: not with quick's settings of today.
-    """
-    runs = newest(joined(study))
-    rows = []
+    """Pre-trained against from scratch: tasks, numbers of labelled rows, both models."""
+    runs, rows = joined(study), []
     for name, known in study["yardsticks"].items():
         task, rows_a_class, pooling = name.split(", ")
         marks = ", entities marked" if pooling == "entities" else ""
@@ -115,13 +96,12 @@ def table_c1(study: dict) -> str:
             scratch = by_seed(runs, "accuracy", **same, text=None)
             gaps = differences(after, scratch)
             if gaps:
-                star = "" if PASSES in by_seed(runs, "epochs", **same).values() else "*"
-                rows.append([f"{TASKS[task]}{marks}", f"{same['rows_a_class']}{star}", title,
+                rows.append([f"{TASKS[task]}{marks}", str(same["rows_a_class"]), title,
                              str(len(gaps)), shown([known["logistic regression"]]),
                              shown(list(after.values())), shown(list(scratch.values())),
                              shown(gaps)])
-    rows.sort(key=lambda row: (list(TASKS.values()).index(row[0].split(",")[0]),
-                               int(row[1].strip("*"))))
+    titles = list(TASKS.values())
+    rows.sort(key=lambda row: (titles.index(row[0].split(",")[0]), int(row[1]), row[0]))
     return table_of(["task", "rows a class", "model", "seeds", "logistic regression",
                      "pre-trained", "from scratch", "gap"], rows)
 
@@ -209,12 +189,11 @@ def table_c4(study: dict) -> str:
         for pooling, marks in (("mean", ""), ("entities", ", entities marked")):
             found = study["votes"].get(f"{task}, {ROWS['rows_a_class']} rows, {pooling}", {})
             if "bert-6" in found:
-                star = "" if found.get("passes") == str(PASSES) else "*"
-                votes[title + marks + star] = found
+                votes[title + marks] = found
     rows = [["BERT-6", *(found["bert-6"] for found in votes.values())]]
     sizes = [size for size in map(str, range(1, 10))
              if all(size in found for found in votes.values())]
-    titles = {size: f"committee of {size} BERT-1s" for size in sizes} | {"1": "the first BERT-1"}
+    titles = {size: f"{size} BERT-1s" for size in sizes} | {"1": "the first BERT-1"}
     for size in sizes:
         rows.append([titles[size], *(found[size] for found in votes.values())])
     for size in sizes[2::3]:  # 3 and 6
@@ -232,8 +211,7 @@ def table_c4(study: dict) -> str:
 
 def table_fewrel(study: dict) -> str:
     """A BERT-1 on FewRel after two pre-trainings on 20,000 articles, a short and a longer one."""
-    runs = newest(joined(study))
-    rows = []
+    runs, rows = joined(study), []
     for pooling, title in (("mean", "the sentence alone"), ("entities", "entities marked")):
         same = {"task": "fewrel", "rows_a_class": 20, "pooling": pooling, "model": "bert-1"}
         known = study["yardsticks"][f"fewrel, 20 rows, {pooling}"]["logistic regression"]
