@@ -1,10 +1,10 @@
-# The study of results/README.md. Each line is a command of its own: it runs alone, goes on after an
-# interruption, and does nothing if its runs are finished. The data folders come first. Then, on two
-# cores, two lines at a time:
+# The study of results/README.md. Each line is one command: it goes on after an interruption, and does
+# nothing if its runs are finished. The data folders come first; the lines without a pre-training of
+# their own need those of C1. Then, on two cores, two lines at a time:
 #
 #     grep '^python data' results/reproduce.sh | sh
 #     grep '^[pf].* --checkpoint' results/reproduce.sh | OMP_NUM_THREADS=1 xargs -P 2 -d '\n' -n 1 sh -c
-#     grep '^python committee' results/reproduce.sh | sh
+#     grep '^python committee\|^cp' results/reproduce.sh | sh
 #     python results/collect.py && python results/tables.py && python results/figures.py
 #
 # data/raw holds FewRel, AG News and DBpedia (data.py fetches them) and article openings, as
@@ -25,7 +25,7 @@ python data.py select study agnews-high --overlap high --task agnews --count 100
 for s in 0 1 2; do python pretrain.py --runs-dir runs/study --data study --model bert-6 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-6-seed$s-* --set per_class=20 && python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed$s-* --set per_class=20 pooling=entities; done
 for s in 100 101 102 103 104 105; do python pretrain.py --runs-dir runs/study --data study --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20 && python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-1-seed$s-* --set per_class=20 pooling=entities; done
 
-# ---- C2, and FewRel in ten and twenty minutes ----
+# ---- C2, and FewRel after 2,000 and 4,800 steps ----
 for s in 100 101 102; do python pretrain.py --runs-dir runs/5000 --data study --max-articles 5000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/20000 --data study --max-articles 20000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 && python finetune.py --runs-dir runs/20000 --data study-marked --checkpoint runs/20000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 pooling=entities; done
 for s in 100 101 102; do python pretrain.py --runs-dir runs/40000 --data study --max-articles 40000 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/40000 --checkpoint runs/40000/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
