@@ -139,12 +139,17 @@ def damage_named(path: Path, advice: str = DELETE_RUN) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({what}). {advice}") from None
 
 
+def check_keys(record: dict, keys: Iterable[str]) -> None:
+    """Raise KeyError if the record lacks a key."""
+    for key in keys:
+        record[key]  # noqa: B018
+
+
 def read_json(path: Path, *required: str, advice: str = DELETE_RUN) -> dict:
     """A JSON object. Raises InputError if the file is damaged or lacks a key."""
     with damage_named(path, advice):
         record = dict(json.loads(path.read_text(encoding="utf-8")))
-        for key in required:
-            record[key]  # noqa: B018 - a KeyError says that it is missing
+        check_keys(record, required)
         return record
 
 
@@ -595,7 +600,7 @@ def pinned_dump(wiki: str, folder: Path) -> dict:
             json.dump(dump, out, indent=1)
         return dump
     advice = "Delete it to take the newest dump"
-    pinned = read_json(sidecar, "date", "dump", "index", advice=advice)
+    pinned = read_json(sidecar, advice=advice)
     with damage_named(sidecar, advice):
         for part in ("dump", "index"):
             url, size, sha1 = (pinned[part][key] for key in ("url", "size", "sha1"))
@@ -1544,9 +1549,8 @@ def read_metadata(path: Path) -> dict:
         raise InputError(f"{path}: a data folder of format {meta['format']}, and this version "
                          f"reads {FORMAT}. {REMAKE}")
     with damage_named(file, REMAKE):
-        for key in ("id", "files", "tasks", "settings", "sources", "max_length", "vocab_size",
-                    "wikis", "articles"):
-            meta[key]  # noqa: B018 - a KeyError says that it is missing
+        check_keys(meta, ("id", "files", "tasks", "settings", "sources", "max_length",
+                          "vocab_size", "wikis", "articles"))
         if meta["id"] != contents_id(meta):
             raise InputError(f"{file}: was changed. {REMAKE}")
     return meta

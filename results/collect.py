@@ -77,10 +77,9 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     runs_of: dict[str, dict[str, list[Path]]] = {}  # rows -> model -> runs
     for name, run in sorted(finetuned.items(), key=lambda item: item[1]["seed"]):
         runs, folder = name.split("/")
-        if runs != "study" or not run["checkpoint"]:
-            continue
-        of_model = runs_of.setdefault(rows_of(run), {})
-        of_model.setdefault(run["model"], []).append(Path("runs") / runs / "finetune" / folder)
+        if runs == "study" and run["checkpoint"]:
+            of_model = runs_of.setdefault(rows_of(run), {})
+            of_model.setdefault(run["model"], []).append(Path("runs/study/finetune") / folder)
     records: dict[str, dict] = {}
     for rows, of_model in runs_of.items():
         record = records[rows] = {}

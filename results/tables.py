@@ -54,10 +54,16 @@ def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def joined(study: dict) -> list[dict]:
     """The fine-tunings, each with its pre-training: "text", "articles", "pretrain_steps".
 
-    A model from scratch has no text: None.
+    A model from scratch has no text: None. Raises ValueError if runs on the same rows have other
+    numbers of passes: by_seed would take the mean of both.
     """
     runs = []
+    epochs: dict[tuple, int] = {}  # of each set of labelled rows
     for run in study["finetune"].values():
+        rows = run["task"], run["rows_a_class"], run["pooling"]
+        if epochs.setdefault(rows, run["epochs"]) != run["epochs"]:
+            raise ValueError(f"study.json: fine-tunings on {rows} have {epochs[rows]} and "
+                             f"{run['epochs']} passes. Remove one kind")
         before = study["pretrain"].get(run["checkpoint"], {})
         runs.append(run | {"text": before.get("text"), "articles": before.get("articles"),
                            "pretrain_steps": before.get("steps")})
