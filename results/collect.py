@@ -24,6 +24,7 @@ from tokenizer import InputError, run_script, write_atomically
 from votes import agreement_and_errors
 
 HERE = Path(__file__).resolve().parent
+OTHER_MEMBERS = ("bert-1-wide", "bert-1-conv3")
 
 
 def pretraining_record(results: dict, folders: dict[str, DataFolder]) -> dict:
@@ -48,7 +49,7 @@ def finetuning_record(results: dict, runs: str) -> dict:
             "rows_a_class": recipe["per_class"], "pooling": recipe["pooling"],
             "epochs": recipe["epochs"], "steps": results["steps"],
             "train_loss": round(results["train_loss"], 4),
-            "accuracy": round(100 * results["accuracy"], 3)}
+            "accuracy": round(100 * results["accuracy"], 3), "git": results["git"]}
 
 
 def yardstick_record(settings: dict, folder: DataFolder) -> dict:
@@ -70,9 +71,9 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
     runs/study ("1", "2", ...), and their differences ("1 minus bert-6", ...).
 
     Intervals are over the test rows, but over seeds for several BERT-6s; a difference is that to
-    their mean. "3, one wider": the third member has width 256. "agreement": on how many rows two
-    members predict the same class, in %; "calibration error": of a member and of the vote of all
-    (results/votes.py).
+    their mean. "3, one bert-1-wide minus 3": with such a third member, minus three BERT-1s.
+    "agreement": on how many rows two members predict the same class, in %; "calibration error": of
+    a member and of the vote of all (results/votes.py).
     """
     runs_of: dict[str, dict[str, list[Path]]] = {}  # rows -> model -> runs
     for name, run in sorted(finetuned.items(), key=lambda item: item[1]["seed"]):
@@ -92,11 +93,10 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
             record[str(size)] = str(interval([voted]))
             if deep:
                 record[f"{size} minus bert-6"] = str(interval([voted - np.mean(deep, axis=0)]))
-        if len(members) > 2 and "bert-1-wide" in of_model:
-            mixed = is_correct([*members[:2], of_model["bert-1-wide"][0]])
-            change = mixed - is_correct(members[:3])
-            record["3, one wider"] = str(interval([mixed]))
-            record["3, one wider minus 3"] = str(interval([change]))
+        for other in OTHER_MEMBERS:
+            if len(members) > 2 and other in of_model:
+                mixed = is_correct([*members[:2], of_model[other][0]])
+                record[f"3, one {other} minus 3"] = str(interval([mixed - is_correct(members[:3])]))
         if len(members) > 1:
             agree, of_member, of_vote = agreement_and_errors(members)
             record["agreement"] = f"{100 * agree:.1f}"

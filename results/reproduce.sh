@@ -20,6 +20,7 @@ python data.py select study fewrel-high --overlap high --task fewrel --count 100
 python data.py select study agnews-low --overlap low --task agnews --count 10000
 python data.py select study clean --clean --task fewrel
 python data.py select study agnews-high --overlap high --task agnews --count 10000
+python data.py select study scrambled --scramble within
 
 # ---- C1, C4 ----
 for s in 0 1 2; do python pretrain.py --runs-dir runs/study --data study --model bert-6 --seed $s --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-6-seed$s-* --set per_class=20 && python finetune.py --runs-dir runs/study --data study-marked --checkpoint runs/study/pretrain/bert-6-seed$s-* --set per_class=20 pooling=entities; done
@@ -35,6 +36,7 @@ for s in 100 101 102; do python pretrain.py --runs-dir runs/20000-short --data s
 for s in 100 101 102; do python pretrain.py --runs-dir runs/40000-short --data study --max-articles 40000 --seed $s --set steps=2133 && python finetune.py --runs-dir runs/40000-short --checkpoint runs/40000-short/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 python pretrain.py --runs-dir runs/5000 --data study --model bert-6 --max-articles 5000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/5000 --checkpoint runs/5000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20
 python pretrain.py --runs-dir runs/20000 --data study --model bert-6 --max-articles 20000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/20000 --checkpoint runs/20000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20
+python pretrain.py --runs-dir runs/40000 --data study --model bert-6 --max-articles 40000 --seed 0 --set steps=4800 && python finetune.py --runs-dir runs/40000 --checkpoint runs/40000/pretrain/bert-6-seed0-* --no-scratch --set per_class=20
 
 # ---- C3 ----
 for s in 100 101 102; do python pretrain.py --runs-dir runs/random --data random --seed $s --set steps=2400 && python finetune.py --runs-dir runs/random --checkpoint runs/random/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 && python finetune.py --runs-dir runs/random --task fewrel agnews --checkpoint runs/random/pretrain/bert-1-seed$s-* --seeds 5 --no-scratch --set per_class=20; done
@@ -46,14 +48,18 @@ for s in 100 101 102; do python pretrain.py --runs-dir runs/agnews-high --data a
 # ---- control: without the articles that share a passage with a test row of FewRel ----
 for s in 100 101; do python pretrain.py --runs-dir runs/clean --data clean --seed $s --set steps=4800 && python finetune.py --runs-dir runs/clean --task fewrel --checkpoint runs/clean/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20; done
 
-# ---- C1 with 5, 100 and all labelled rows of a class (100 and all: quick's settings before) ----
+# ---- control: the tokens scrambled within each text ----
+for s in 100 101 102; do python pretrain.py --runs-dir runs/scrambled --data scrambled --seed $s --set steps=4800 && python finetune.py --runs-dir runs/scrambled --checkpoint runs/scrambled/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 && python finetune.py --runs-dir runs/scrambled --data study-marked --checkpoint runs/scrambled/pretrain/bert-1-seed$s-* --no-scratch --set per_class=20 pooling=entities; done
+
+# ---- C1 with 5, 100 and all labelled rows of a class ----
 python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=5
 python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=5
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=100 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=100 epochs=10 min_steps=200 lr=3e-3 matrix_lr=0.02
-python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed100-* --set per_class=624 epochs=3 min_steps=200 lr=3e-3 matrix_lr=0.02
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-6-seed0-* --set per_class=100
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed10[012]-* --set per_class=100
+python finetune.py --runs-dir runs/study --task fewrel --checkpoint runs/study/pretrain/bert-1-seed100-* --set per_class=624
 
-# ---- C4: a member of width 256; the votes of the runs of C1, and their latency ----
+# ---- C4: a member of width 256, a convolutional one; the votes of C1's runs, their latency ----
 python pretrain.py --runs-dir runs/study --data study --model bert-1-wide --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-wide-seed100-* --no-scratch --set per_class=20
+python pretrain.py --runs-dir runs/study --data study --model bert-1-conv3 --seed 100 --set steps=4800 && python finetune.py --runs-dir runs/study --checkpoint runs/study/pretrain/bert-1-conv3-seed100-* --no-scratch --set per_class=20
 python committee.py --runs-dir runs/study --data study --members 3 --set steps=4800 --finetune-set per_class=20
 cp runs/study/committee/*/results.json results/committee-study.json

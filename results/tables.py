@@ -205,10 +205,9 @@ def table_c4(study: dict) -> str:
     for size in sizes[2::3]:  # 3 and 6
         rows.append([f"**{titles[size]} minus BERT-6**",
                      *(found[f"{size} minus bert-6"] for found in votes.values())])
-    for key, title in (("3, one wider", "3 BERT-1s, one of width 256"),
-                       ("3, one wider minus 3", "**the same minus 3 of width 128**")):
-        if any(key in found for found in votes.values()):
-            rows.append([title, *(found.get(key, "") for found in votes.values())])
+    for model, title in (("bert-1-wide", "of width 256"), ("bert-1-conv3", "convolutional")):
+        rows.append([f"**3, one {title}, minus 3 BERT-1s**",
+                     *(found.get(f"3, one {model} minus 3", "") for found in votes.values())])
     rows.append(["two BERT-1s agree on, %", *(found["agreement"] for found in votes.values())])
     rows.append(["calibration error of a BERT-1, of the vote of all",
                  *(found["calibration error"] for found in votes.values())])
@@ -232,11 +231,28 @@ def table_fewrel(study: dict) -> str:
                     rows)
 
 
+def table_order(study: dict) -> str:
+    """BERT-1s whose pre-training text has its tokens scrambled within each text, or as they are."""
+    runs, rows = joined(study), []
+    for task, pooling, title in (("fewrel", "mean", "FewRel"),
+                                 ("fewrel", "entities", "FewRel, entities marked"),
+                                 ("agnews", "mean", "AG News"), ("dbpedia", "mean", "DBpedia")):
+        same = {"task": task, "rows_a_class": 20, "pooling": pooling, "model": "bert-1"}
+        scrambled = by_seed(runs, "accuracy", **same, text="scrambled")
+        ordered = by_seed(runs, "accuracy", **same, text="study", articles=90_000,
+                          pretrain_steps=STEPS)
+        scratch = by_seed(runs, "accuracy", **same, text=None)
+        rows.append([title, *(shown([found[seed] for seed in scrambled])
+                              for found in (scratch, scrambled, ordered)),
+                     shown(differences(ordered, scrambled))])
+    return table_of(["", "from scratch", "scrambled", "as it is", "order adds"], rows)
+
+
 def insert_tables(text: str) -> str:
     """The text with each table put after its mark. Raises ValueError if a mark is missing."""
     study = load("study.json")
-    tables = {"FewRel": table_fewrel(study), "C1": table_c1(study), "C2": table_c2(study),
-              "C3": table_c3(study), "C4": table_c4(study)}
+    tables = {"FewRel": table_fewrel(study), "C1": table_c1(study), "order": table_order(study),
+              "C2": table_c2(study), "C3": table_c3(study), "C4": table_c4(study)}
     for name, table in tables.items():
         old = re.compile(rf"(<!-- table {name} -->\n\n)(\|.*\n)*")
         text, count = old.subn(lambda mark, table=table: mark[1] + table + "\n", text)
