@@ -206,8 +206,10 @@ def table_c4(study: dict) -> str:
         rows.append([f"**{titles[size]} minus BERT-6**",
                      *(found[f"{size} minus bert-6"] for found in votes.values())])
     for model, title in (("bert-1-wide", "of width 256"), ("bert-1-conv3", "convolutional")):
-        rows.append([f"**3, one {title}, minus 3 BERT-1s**",
-                     *(found.get(f"3, one {model} minus 3", "") for found in votes.values())])
+        key = f"3, one {model} minus 3"
+        if any(key in found for found in votes.values()):
+            rows.append([f"**3, one {title}, minus 3 BERT-1s**",
+                         *(found.get(key, "") for found in votes.values())])
     rows.append(["two BERT-1s agree on, %", *(found["agreement"] for found in votes.values())])
     rows.append(["calibration error of a BERT-1, of the vote of all",
                  *(found["calibration error"] for found in votes.values())])
@@ -242,7 +244,8 @@ def table_order(study: dict) -> str:
         ordered = by_seed(runs, "accuracy", **same, text="study", articles=90_000,
                           pretrain_steps=STEPS)
         scratch = by_seed(runs, "accuracy", **same, text=None)
-        rows.append([title, *(shown([found[seed] for seed in scrambled])
+        seeds = [seed for seed in scrambled if seed in ordered and seed in scratch]
+        rows.append([title, *(shown([found[seed] for seed in seeds])
                               for found in (scratch, scrambled, ordered)),
                      shown(differences(ordered, scrambled))])
     return table_of(["", "from scratch", "scrambled", "as it is", "order adds"], rows)
