@@ -24,7 +24,6 @@ from tokenizer import InputError, run_script, write_atomically
 from votes import agreement_and_errors
 
 HERE = Path(__file__).resolve().parent
-OTHER_MEMBERS = ("bert-1-wide", "bert-1-conv3")
 
 
 def pretraining_record(results: dict, folders: dict[str, DataFolder]) -> dict:
@@ -93,10 +92,10 @@ def vote_record(finetuned: dict[str, dict]) -> dict[str, dict]:
             record[str(size)] = str(interval([voted]))
             if deep:
                 record[f"{size} minus bert-6"] = str(interval([voted - np.mean(deep, axis=0)]))
-        for other in OTHER_MEMBERS:
-            if len(members) > 2 and other in of_model:
-                mixed = is_correct([*members[:2], of_model[other][0]])
-                record[f"3, one {other} minus 3"] = str(interval([mixed - is_correct(members[:3])]))
+        for model, others in of_model.items():
+            if len(members) > 2 and model not in ("bert-1", "bert-6"):
+                mixed = is_correct([*members[:2], others[0]])
+                record[f"3, one {model} minus 3"] = str(interval([mixed - is_correct(members[:3])]))
         if len(members) > 1:
             agree, of_member, of_vote = agreement_and_errors(members)
             record["agreement"] = f"{100 * agree:.1f}"

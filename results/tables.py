@@ -23,6 +23,8 @@ from finetune import interval
 
 TASKS = {"fewrel": "FewRel", "agnews": "AG News", "dbpedia": "DBpedia"}
 MODELS = {"bert-6": "BERT-6", "bert-1": "BERT-1"}
+LABELLED = {("fewrel", "mean"): "FewRel", ("fewrel", "entities"): "FewRel, entities marked",
+            ("agnews", "mean"): "AG News", ("dbpedia", "mean"): "DBpedia"}  # task, pooling
 ROWS = {"rows_a_class": 20, "pooling": "mean"}  # of tables C2 and C3
 STEPS = 4_800  # of the study's pre-trainings, unless a table says otherwise
 
@@ -93,7 +95,6 @@ def table_c1(study: dict) -> str:
     runs, rows = joined(study), []
     for name, known in study["yardsticks"].items():
         task, rows_a_class, pooling = name.split(", ")
-        marks = ", entities marked" if pooling == "entities" else ""
         for model, title in MODELS.items():
             same = {"task": task, "rows_a_class": int(rows_a_class.split()[0]),
                     "pooling": pooling, "model": model}
@@ -102,7 +103,7 @@ def table_c1(study: dict) -> str:
             scratch = by_seed(runs, "accuracy", **same, text=None)
             gaps = differences(after, scratch)
             if gaps:
-                rows.append([f"{TASKS[task]}{marks}", str(same["rows_a_class"]), title,
+                rows.append([LABELLED[task, pooling], str(same["rows_a_class"]), title,
                              str(len(gaps)), shown([known["logistic regression"]]),
                              shown(list(after.values())), shown(list(scratch.values())),
                              shown(gaps)])
@@ -191,11 +192,10 @@ def table_c3(study: dict) -> str:
 def table_c4(study: dict) -> str:
     """The vote of several BERT-1s beside a BERT-6, on each set of rows that has both."""
     votes = {}  # title of the column -> the votes on its rows
-    for task, title in TASKS.items():
-        for pooling, marks in (("mean", ""), ("entities", ", entities marked")):
-            found = study["votes"].get(f"{task}, {ROWS['rows_a_class']} rows, {pooling}", {})
-            if "bert-6" in found:
-                votes[title + marks] = found
+    for (task, pooling), title in LABELLED.items():
+        found = study["votes"].get(f"{task}, {ROWS['rows_a_class']} rows, {pooling}", {})
+        if "bert-6" in found:
+            votes[title] = found
     rows = [["BERT-6", *(found["bert-6"] for found in votes.values())]]
     sizes = [size for size in map(str, range(1, 10))
              if all(size in found for found in votes.values())]
@@ -236,18 +236,16 @@ def table_fewrel(study: dict) -> str:
 def table_order(study: dict) -> str:
     """BERT-1s whose pre-training text has its tokens scrambled within each text, or as they are."""
     runs, rows = joined(study), []
-    for task, pooling, title in (("fewrel", "mean", "FewRel"),
-                                 ("fewrel", "entities", "FewRel, entities marked"),
-                                 ("agnews", "mean", "AG News"), ("dbpedia", "mean", "DBpedia")):
-        same = {"task": task, "rows_a_class": 20, "pooling": pooling, "model": "bert-1"}
+    for (task, pooling), title in LABELLED.items():
+        same = ROWS | {"task": task, "pooling": pooling, "model": "bert-1"}
         scrambled = by_seed(runs, "accuracy", **same, text="scrambled")
         ordered = by_seed(runs, "accuracy", **same, text="study", articles=90_000,
                           pretrain_steps=STEPS)
         scratch = by_seed(runs, "accuracy", **same, text=None)
         seeds = [seed for seed in scrambled if seed in ordered and seed in scratch]
-        rows.append([title, *(shown([found[seed] for seed in seeds])
-                              for found in (scratch, scrambled, ordered)),
-                     shown(differences(ordered, scrambled))])
+        columns = [[found[seed] for seed in seeds] for found in (scratch, scrambled, ordered)]
+        added = [ordered[seed] - scrambled[seed] for seed in seeds]
+        rows.append([title, *map(shown, columns), shown(added)])
     return table_of(["", "from scratch", "scrambled", "as it is", "order adds"], rows)
 
 
